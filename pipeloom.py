@@ -1,0 +1,2810 @@
+"""pipeloom: run many tasks at once, store what they make in one SQLite file, watch them live.
+
+One file, standard library only, Python 3.8 or newer. A program:
+
+    import pipeloom
+
+    def work(path, ctx):                                 # runs on a worker thread
+        with open(path) as file:
+            for number, line in enumerate(ctx.track(file), 1):
+                ctx.execute("INSERT INTO line VALUES (?, ?, ?)", (path, number, line))
+
+    pipeloom.run_pipeline(
+        ["pipeloom.py"], "lines.db", worker_fn=work,
+        schema="CREATE TABLE IF NOT EXISTS line(path TEXT, number INTEGER, text TEXT)")
+
+Workers send typed messages over a channel; one thread, the writer, owns the only SQLite connection and
+commits what they send; nothing is shown or acted upon before it is committed. What it promises:
+ - a task's rows and its `done` are one transaction: rows if and only if done;
+ - a dead writer, a full disk, a locked database or a bad message ends the run with one clear error,
+   never with a hang, and a task's failure is nobody else's;
+ - Ctrl-C once: nothing new starts and what runs finishes; twice: leave now. All that finished is stored;
+ - memory does not grow with the number of tasks, and the display never harms the run.
+
+Try `python -m pipeloom demo`. To vendor it, copy this file; to update it, copy it again. Python reads it
+in the order in which a task meets it: vocabulary and errors, messages, database, channel, writer,
+progress, task and context, engine, status, demo, command line.
+
+SPDX-License-Identifier: MIT. Copyright (c) 2026 the pipeloom authors. The whole text:
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction, including
+without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
+following conditions: The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY
+KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR
+ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from itertools import chain, count, islice
+from operator import attrgetter, index
+from types import CoroutineType
+from unicodedata import category, east_asian_width
+
+TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
+if TYPE_CHECKING:
+    from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
+
+    Handler = Callable[[sqlite3.Connection, Any], object]
+    Item = Tuple[Optional["TaskContext"], Any]  # what travels on the channel: who sent it, the message
+
+# ---- Vocabulary and errors: the words that the code, the database and the messages to you use ----------
+#
+# task       what is to be done: any object; `task_id` and `name` are looked for, nothing else
+# attempt    one go at a task by a worker; a task has one, or more where it is retried
+# run        one call of run_pipeline, from the first task to the last commit
+# stage      the tasks of a run that share one function and its options
+# worker     a thread that takes ready tasks and calls the function
+# message    what a worker sends; frozen, typed, applied in the writer's one place
+# channel    the bounded way from the workers to the writer
+# writer     the thread that owns the SQLite connection
+# settled    said of a task whose final status is committed
+
+__version__ = "1.0.0"
+__all__ = [
+    "SENTINEL", "DatabaseError", "DemoTask", "MessageRefused", "Msg", "MsgExecute", "MsgTaskFinish",
+    "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted", "PipelineError",
+    "PipeloomError", "Progress", "RunResult", "SQLiteWriter", "Task", "TaskCancelled", "TaskContext",
+    "TaskDef", "UsageError", "UsageTypeError", "WriterFailed", "__version__", "connect", "console",
+    "demo_worker", "init_schema", "logger", "main", "make_overall_progress", "make_task_progress",
+    "preregister_task_bars", "run_pipeline", "setup_logging", "wal_checkpoint",
+]  # fmt: skip
+
+QUEUED, RUNNING, DONE, ERROR, CANCELLED = "queued", "running", "done", "error", "cancelled"
+FINAL = (DONE, ERROR, CANCELLED)
+
+logger = logging.getLogger("pipeloom")
+
+
+class PipeloomError(Exception):
+    """Every error of this file: its text says what happened, what was expected and what to do."""
+
+
+class UsageError(PipeloomError, ValueError):
+    """An argument has a value that cannot be used; nothing was started or written."""
+
+
+class UsageTypeError(PipeloomError, TypeError):
+    """An argument is of a type that cannot be used; nothing was started or written."""
+
+
+class DatabaseError(UsageError):
+    """The database file cannot be used. `path` names it."""
+
+    def __init__(self, path: str, what: str, cure: str) -> None:
+        super().__init__(f"database {path!r} {what}; {cure}")
+        self.path = path
+
+
+class MessageRefused(PipeloomError, ValueError):
+    """A message can never be stored; raised by `put()` in the worker that sent it."""
+
+
+class WriterFailed(PipeloomError):
+    """The writer gave up while the run was on. What was committed stays; `path` names the database."""
+
+    def __init__(self, path: str, what: str, cure: str) -> None:
+        super().__init__(f"the writer of database {path!r} gave up: {what}; {cure}")
+        self.path = path
+
+
+class PipelineError(PipeloomError):
+    """Tasks failed. Everything else has finished and is stored; `result` is the RunResult."""
+
+    def __init__(self, result: RunResult) -> None:
+        first = result.failures[0]
+        more = f" (and {result.error - 1:,} more)" if result.error > 1 else ""
+        super().__init__(
+            f"{result.error:,} of {result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
+            "mend the cause and run again"
+        )
+        self.result = result
+
+
+class TaskCancelled(BaseException):
+    """Raised in a worker whose task is to stop. No Exception, so that `except Exception` lets it through."""
+
+
+# ---- Messages: what a worker may say; frozen, and checked when they are put ----------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A ready-made task for those who need no class of their own; any object will do as well."""
+
+    task_id: int
+    name: str
+    steps: int = 20
+
+
+@dataclass(frozen=True)
+class MsgTaskStarted:
+    """A task has started; `started_at` is ISO 8601 text in UTC."""
+
+    task_id: int
+    name: str
+    started_at: str
+
+
+@dataclass(frozen=True)
+class MsgTaskProgress:
+    """`step` of `total` is reached (1-based); a total of 0 means that it is not known."""
+
+    task_id: int
+    step: float
+    total: float
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class MsgTaskFinished:
+    """A task has ended as "done", "error" or "cancelled"; the first finish of an attempt counts."""
+
+    task_id: int
+    status: str
+    finished_at: str
+    result: Optional[str] = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class MsgExecute:
+    """One SQL statement for the writer; with `many`, `params` is a sequence of parameter rows."""
+
+    sql: str
+    params: Any = ()
+    many: bool = False
+
+
+TaskDef = DemoTask = Task
+MsgTaskStart, MsgTaskFinish = MsgTaskStarted, MsgTaskFinished
+SENTINEL = object()  # asks a writer to commit what it has and stop; known by identity
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
+
+
+def _describe(error: BaseException) -> str:
+    """The type and text of an exception, even of one whose own `__str__` raises."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be shown)"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _text(value: object) -> str:
+    """Any value as text that SQLite can hold: lone surrogates (undecodable file names) are escaped."""
+    text = value if isinstance(value, str) else str(value)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _result_text(value: object) -> Optional[str]:
+    """A task's result as it is stored: text as it is, anything else as JSON."""
+    if value is None or isinstance(value, str):
+        return value if value is None else _text(value)
+    import json
+
+    return json.dumps(value, default=str)
+
+
+def _time_text(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else _text(value)
+
+
+def _task_id(value: object) -> int:
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 2**63
+    if not -(2**63) <= number < 2**63:
+        raise MessageRefused(
+            f"task_id {value!r} cannot be stored: expected a whole number of at most 64 bits; "
+            "number the tasks, or leave task_id out and pipeloom numbers them"
+        )
+    return number
+
+
+def _checked_started(m: MsgTaskStarted) -> MsgTaskStarted:
+    return MsgTaskStarted(_task_id(m.task_id), _text(m.name), _time_text(m.started_at))
+
+
+def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
+    """Clamp what is plain (a step beyond its total, a total that is unknown); refuse what is no number."""
+    try:
+        step, total = float(m.step), float(m.total or 0)
+    except (TypeError, ValueError, OverflowError):
+        step = total = float("nan")
+    if not (step - step == 0 == total - total):  # only finite numbers are
+        raise MessageRefused(
+            f"progress {m.step!r} of {m.total!r} cannot be stored: expected two finite numbers; "
+            "use a total of 0 where it is not known"
+        )
+    step, total = max(step, 0), max(total, 0)
+    return MsgTaskProgress(_task_id(m.task_id), min(step, total) if total else step, total, _text(m.message))
+
+
+def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
+    if m.status not in FINAL:
+        raise MessageRefused(f"status {m.status!r} is unknown: expected 'done', 'error' or 'cancelled'")
+    return MsgTaskFinished(
+        _task_id(m.task_id), str(m.status), _time_text(m.finished_at), _result_text(m.result), _text(m.message)
+    )
+
+
+def _checked_execute(m: MsgExecute) -> MsgExecute:
+    if not isinstance(m.sql, str):
+        raise MessageRefused(f"sql {m.sql!r} cannot be run: expected a str")
+    if m.many:
+        return MsgExecute(m.sql, _rows(m.params), True)
+    return MsgExecute(m.sql, _row(m.params))
+
+
+def _row(params: Any) -> Any:
+    """A copy of one row of parameters: the worker may use its list or dict again."""
+    return dict(params) if isinstance(params, Mapping) else tuple(params)
+
+
+def _rows(rows: Iterable[Any]) -> List[Any]:
+    return [_row(row) for row in rows]
+
+
+CHECKS: Dict[type, Callable[[Any], Any]] = {
+    MsgTaskStarted: _checked_started,
+    MsgTaskProgress: _checked_progress,
+    MsgTaskFinished: _checked_finished,
+    MsgExecute: _checked_execute,
+}
+
+
+# ---- Database: how the file is opened, what it holds, which errors pass by themselves ------------------
+
+COLUMNS = {  # of task_runs; the first eight are the original pipeloom's
+    "id": "INTEGER PRIMARY KEY",
+    "name": "TEXT NOT NULL",
+    "status": "TEXT NOT NULL",  # queued | running | done | error | cancelled
+    "progress": "REAL NOT NULL DEFAULT 0.0",  # a fraction, 0..1
+    "message": "TEXT",
+    "started_at": "TEXT",
+    "finished_at": "TEXT",
+    "result": "TEXT",
+    "attempts": "INTEGER",
+    "run_id": "INTEGER",
+    "traceback": "TEXT",
+}
+_NAMES = ", ".join(COLUMNS)
+_OTHERS = ", ".join(list(COLUMNS)[1:])
+CREATE_TASKS = "CREATE TABLE IF NOT EXISTS task_runs({})".format(
+    ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+)
+CREATE_RUNS = """CREATE TABLE IF NOT EXISTS pipeline_runs(
+    id INTEGER PRIMARY KEY, started_at TEXT, finished_at TEXT, status TEXT, host TEXT, pid INTEGER,
+    version TEXT, done INTEGER, error INTEGER, cancelled INTEGER, skipped INTEGER)"""
+# What one transaction changes is staged, then merged in two statements whatever its size. No UPSERT, which
+# SQLite has only from 3.24, and no REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
+CREATE_STAGING = f"CREATE TEMP TABLE IF NOT EXISTS staged(id INTEGER PRIMARY KEY, {_OTHERS})"
+STAGE = f"INSERT INTO temp.staged({_NAMES}) VALUES "
+MERGE = (
+    f"UPDATE task_runs SET ({_OTHERS}) = (SELECT {_OTHERS} FROM temp.staged WHERE staged.id = task_runs.id)"
+    " WHERE id IN (SELECT id FROM temp.staged)",
+    f"INSERT INTO task_runs({_NAMES}) SELECT {_NAMES} FROM temp.staged"
+    " WHERE id NOT IN (SELECT id FROM task_runs)",
+    "DELETE FROM temp.staged",
+)
+LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
+START_RUN = (
+    "INSERT INTO pipeline_runs(started_at, status, host, pid, version, done, error, cancelled, skipped)"
+    " VALUES (?, 'running', ?, ?, ?, 0, 0, 0, 0)"
+)
+FINISH_RUN = (
+    "UPDATE pipeline_runs SET finished_at = ?, status = ?, done = ?, error = ?, cancelled = ?, skipped = ?"
+    " WHERE id = ?"
+)
+MARK_INTERRUPTED = (  # what a run that died left behind
+    "UPDATE task_runs SET status = 'cancelled', message = 'interrupted', finished_at = ?"
+    " WHERE status IN ('queued', 'running')",
+    "UPDATE pipeline_runs SET status = 'cancelled', finished_at = ? WHERE status = 'running'",
+)
+CANCEL_QUEUED = (
+    "UPDATE task_runs SET status = 'cancelled', message = ?, finished_at = ?"
+    " WHERE run_id = ? AND status IN ('queued', 'running')"
+)
+VARIABLES = 999  # in one statement; newer SQLites take more
+
+# The codes of errors that may pass: BUSY LOCKED NOMEM INTERRUPT IOERR FULL CANTOPEN, and their texts for
+# Pythons before 3.11, which do not tell the code.
+PASSING_CODES = frozenset({5, 6, 7, 9, 10, 13, 14})
+PASSING_TEXTS = ("locked", "busy", "out of memory", "interrupted", "disk i/o", "is full", "unable to open")
+
+
+def _is_passing(error: BaseException) -> bool:
+    if not isinstance(error, sqlite3.OperationalError):
+        return False
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None:
+        return code & 0xFF in PASSING_CODES
+    return any(text in str(error).lower() for text in PASSING_TEXTS)
+
+
+def _is_lock(error: BaseException) -> bool:
+    return "locked" in str(error) or "busy" in str(error)
+
+
+def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
+    """A connection of your own, for the thread that calls; it waits up to 60 s for a lock.
+
+    A run needs none: its writer has one. For reading beside a run, `ctx.connect()` is the better choice.
+    """
+    return _open(db_path, wal=wal, timeout=60.0, isolation_level="")
+
+
+def _open(db_path: object, *, wal: bool, timeout: float, isolation_level: Optional[str]) -> sqlite3.Connection:
+    path = os.fspath(db_path)  # type: ignore[call-overload]
+    conn = sqlite3.connect(path, timeout=timeout, isolation_level=isolation_level)
+    try:
+        wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
+        got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
+        if got.upper() != wanted:
+            logger.warning("database %r: journal mode is %s, as %s is not to be had here", path, got, wanted)
+        conn.execute("PRAGMA synchronous=NORMAL")
+        conn.execute("PRAGMA foreign_keys=ON")
+        conn.execute("PRAGMA temp_store=MEMORY")
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def _connect_readonly(db_path: str, timeout: float = 5.0) -> sqlite3.Connection:
+    """A connection that can neither change nor create the file. Odd characters in the path are quoted."""
+    from urllib.parse import quote
+
+    path = quote(os.path.abspath(db_path).replace(os.sep, "/"))
+    uri = f"file:{path if path.startswith('/') else '/' + path}?mode=ro"
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+
+
+def init_schema(conn: sqlite3.Connection, *, store_task_status: bool) -> None:
+    """Create task_runs and pipeline_runs, or complete those of the original pipeloom. Idempotent.
+
+    With `store_task_status=False` it does nothing. Raises DatabaseError where task_runs is of another shape.
+    """
+    if not store_task_status:
+        return
+    conn.execute(CREATE_TASKS)
+    conn.execute(CREATE_RUNS)
+    for name in _missing_columns(conn):
+        conn.execute(f"ALTER TABLE task_runs ADD COLUMN {name} {COLUMNS[name]}")
+    if conn.in_transaction and conn.isolation_level is not None:
+        conn.commit()  # the caller's connection is one that opens transactions by itself
+
+
+def _missing_columns(conn: sqlite3.Connection) -> List[str]:
+    """Which columns a task_runs table lacks; none where there is no such table."""
+    found = {row[1] for row in conn.execute("PRAGMA table_info(task_runs)")}
+    missing = [name for name in COLUMNS if found and name not in found]
+    if set(missing) & set(list(COLUMNS)[:8]):
+        path = next((row[2] for row in conn.execute("PRAGMA database_list") if row[1] == "main"), "")
+        raise DatabaseError(
+            path,
+            f"has a table task_runs of another shape: it lacks {', '.join(missing)}",
+            "rename that table or use another file",
+        )
+    return missing
+
+
+def wal_checkpoint(conn: sqlite3.Connection, mode: str = "TRUNCATE") -> None:
+    """Move the WAL into the database file; readers in the way leave it as it is, which is harmless."""
+    if mode.upper() not in ("PASSIVE", "FULL", "RESTART", "TRUNCATE"):
+        raise UsageError(f"checkpoint mode {mode!r} is unknown: expected PASSIVE, FULL, RESTART or TRUNCATE")
+    conn.commit()
+    conn.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script, one at a time: executescript would commit the open transaction."""
+    statement = ""
+    for piece in re.split("(;)", script):
+        statement += piece
+        if piece == ";" and sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if _has_sql(statement):
+        yield statement
+
+
+def _has_sql(text: str) -> bool:
+    return bool(re.sub(r"--[^\n]*|/\*.*?\*/", "", text, flags=re.S).strip(" \t\r\n;"))
+
+
+def _check_database(path: str) -> None:
+    """Find out before anything is written whether `path` can be this run's database."""
+    if path == ":memory:":
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise DatabaseError(path, "is a directory", "name a file in it")
+    if not os.path.isdir(parent):
+        raise DatabaseError(path, f"cannot be made: there is no directory {parent!r}", "create that first")
+    target = path if os.path.exists(path) else parent
+    if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
+        raise DatabaseError(path, "cannot be written", f"change the permissions of {target!r} or use another")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DatabaseError(path, "is no regular file", "name a file")
+    if os.path.exists(path):
+        _check_contents(path)
+
+
+def _check_contents(path: str) -> None:
+    conn = _connect_readonly(path, timeout=0.25)
+    try:
+        _missing_columns(conn)
+    except sqlite3.DatabaseError as error:
+        if not _is_passing(error):  # a lock is waited out later, by the writer
+            raise DatabaseError(path, f"cannot be read: {error}", "restore it or use another file") from error
+    finally:
+        conn.close()
+
+
+# ---- Channel: the bounded way from the workers to the writer -------------------------------------------
+
+
+class Channel:
+    """A bounded list that its one reader, the writer, takes whole.
+
+    One lock guards every field. Producers wait on `_room`, which drain() and fail() announce; the writer
+    waits on `_mail`, which put() and close() announce. fail() ends every wait for good.
+    """
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._mail = threading.Condition(self._lock)
+        self._items: List[Item] = []
+        self._weight = 0  # rows count, not only messages: what waits here stays small
+        self._limit = limit
+        self._reader_waits = False
+        self._closed = False
+        self.failure: Optional[BaseException] = None
+
+    def put(self, sender: Optional[TaskContext], message: Any, weight: int = 1, last: bool = False) -> bool:
+        """Hand over a message, waiting while the channel is full; False if the sender is closed.
+
+        `last` closes the sender with this message, in one step: whoever comes first (the worker, its
+        deadline, a second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
+        """
+        with self._lock:
+            while self._weight >= self._limit and self.failure is None:
+                self._room.wait(0.5)
+            if self.failure is not None:
+                raise self.failure
+            if sender is not None:
+                if sender.closed:
+                    return False
+                sender.closed = last
+            self._items.append((sender, message))
+            self._weight += weight
+            if self._reader_waits:
+                self._reader_waits = False
+                self._mail.notify()
+        return True
+
+    def drain(self) -> Optional[List[Item]]:
+        """Everything there is, waiting for the first message; None at the end."""
+        with self._lock:
+            while not self._items:
+                if self._closed or self.failure is not None:
+                    return None
+                self._reader_waits = True
+                self._mail.wait()  # ended by close() or fail(), which the run calls however it ends
+            items, self._items, self._weight = self._items, [], 0
+            self._room.notify_all()
+            return items
+
+    def close(self) -> None:
+        """Nothing more will be put; drain() gives what is there, then None."""
+        with self._lock:
+            self._closed = True
+            self._mail.notify()
+
+    def fail(self, error: BaseException) -> None:
+        """The reader is gone: every waiting and every later put() raises `error`."""
+        with self._lock:
+            self.failure = self.failure or error
+            self._items.clear()
+            self._room.notify_all()
+            self._mail.notify()
+
+
+class _QueueChannel:
+    """A plain queue.Queue as SQLiteWriter's user made it, read like a channel; SENTINEL ends it."""
+
+    def __init__(self, source: Any, limit: int = 10_000) -> None:
+        self._source = source
+        self._limit = limit
+        self._taken = 0
+        self._ended = False
+
+    def drain(self) -> Optional[List[Item]]:
+        for _ in range(self._taken):
+            self._source.task_done()  # only now: what was drained before is committed, or refused
+        self._taken = 0
+        items: List[Item] = []
+        while len(items) < self._limit and not self._ended:
+            try:
+                message = self._source.get(block=not items)
+            except queue.Empty:
+                break
+            self._taken += hasattr(self._source, "task_done")
+            if message is SENTINEL:
+                self._ended = True
+            else:
+                items.append((None, message))
+        return items or (None if self._ended else [])
+
+    def fail(self, error: BaseException) -> None:
+        """The writer is done for: take and refuse what still comes, so that no producer blocks."""
+        while self.drain() is not None:
+            pass
+
+
+# ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------
+
+BEGIN = "BEGIN IMMEDIATE -- pipeloom"  # the comments keep these apart from a handler's own COMMIT
+COMMIT = "COMMIT -- pipeloom"
+ROLLBACK = "ROLLBACK -- pipeloom"
+DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
+INSERT_VALUES = re.compile(
+    r"(?P<head>\s*(?:INSERT|REPLACE)\b[^?]*?\bVALUES\s*)(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))(?P<tail>[^?]*)$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _MsgQueued:
+    """The engine's: these tasks (id, name) are known and wait."""
+
+    tasks: Sequence[Tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class _MsgRunEnded:
+    """The engine's last: how the run ended, and why what was never started will not be."""
+
+    status: str
+    reason: str
+    counts: Tuple[int, int, int, int]  # done, error, cancelled, skipped
+
+
+class _TaskRow:
+    """A row of task_runs as the next commit will write it."""
+
+    __slots__ = tuple(COLUMNS)
+
+    def __init__(
+        self,
+        id: int,
+        name: str,
+        status: str,
+        progress: float = 0.0,
+        message: str = "",
+        started_at: Optional[str] = None,
+        finished_at: Optional[str] = None,
+        result: Optional[str] = None,
+        attempts: Optional[int] = 0,
+        run_id: Optional[int] = None,
+        traceback: Optional[str] = None,
+    ) -> None:
+        self.id, self.name, self.status, self.progress, self.message = id, name, status, progress, message
+        self.started_at, self.finished_at, self.result = started_at, finished_at, result
+        self.attempts, self.run_id, self.traceback = attempts, run_id, traceback
+
+
+_row_values = attrgetter(*COLUMNS)
+
+
+class SQLiteWriter(threading.Thread):
+    """The thread that owns the SQLite connection: it applies the messages of `msg_q` and commits them.
+
+    A run makes its own. It also works alone on a plain queue.Queue: start(), put messages, put SENTINEL,
+    join(), which raises what made the writer fail, if anything did. Override `handle(message)` in a
+    subclass to apply messages of your own to `self.conn`; call super().handle() for the others. `handle`
+    runs in this thread, inside a transaction, and again for the same message where that is replayed.
+    """
+
+    def __init__(
+        self,
+        db_path: object,
+        msg_q: Any,
+        *,
+        wal: bool = True,
+        store_task_status: bool = True,
+        task_progress: Any = None,
+        task_bar_map: Optional[Mapping[int, Any]] = None,
+        schema: Optional[str] = None,
+        handlers: Optional[Mapping[type, Handler]] = None,
+        busy_timeout: float = 300.0,
+        durable: bool = False,
+    ) -> None:
+        super().__init__(name="pipeloom-writer", daemon=True)
+        self.db_path = os.fspath(db_path)  # type: ignore[call-overload]
+        self.msg_q = msg_q
+        self.wal = wal
+        self.store = store_task_status
+        self.schema = schema or ""
+        self.durable = durable
+        self.busy_timeout = busy_timeout
+        self.display: Any = _TaskBars(task_progress, task_bar_map or {}) if task_progress else None
+        self.run_of: Optional[_Run] = None  # the engine whose writer this is
+        self.run_id: Optional[int] = None
+        self.last_id = 0  # the highest id in task_runs when the database was opened
+        self.conn: sqlite3.Connection = None  # type: ignore[assignment]
+        self.error: Optional[BaseException] = None
+        self.opened = threading.Event()  # set once the database is open, or `error` says why not
+        self.hurry = threading.Event()  # set to end every wait for a lock or a disk at once
+        self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
+        self._ours = False  # a transaction statement is the writer's own; see _authorize
+        self._rolled_back = False  # a handler said ROLLBACK
+        self._rows: Dict[int, _TaskRow] = {}  # committed rows of tasks that run
+        self._forget_transaction()
+        self._sender: Optional[TaskContext] = None  # of the message being handled
+        self._apply_by_type: Dict[type, Callable[[Any], object]] = {
+            MsgTaskStarted: self._on_started,
+            MsgTaskProgress: self._on_progress,
+            MsgTaskFinished: self._on_finished,
+            MsgExecute: self._on_execute,
+            _MsgQueued: self._on_queued,
+            _MsgRunEnded: self._on_run_ended,
+        }
+        for kind, handler in (handlers or {}).items():
+            self._add_handler(kind, handler)
+
+    def _add_handler(self, kind: type, handler: Handler) -> None:
+        if not isinstance(kind, type) or not callable(handler):
+            raise UsageTypeError(f"handlers= maps message classes to functions, not {kind!r} to {handler!r}")
+        if kind in self._apply_by_type:
+            raise UsageError(
+                f"handlers= names {kind.__name__}, which the writer handles itself; "
+                "subclass SQLiteWriter and override handle() to see those messages too"
+            )
+        self._apply_by_type[kind] = lambda message: handler(self.conn, message)
+
+    def accepts(self, kind: type) -> bool:
+        """Whether messages of this class have somebody who applies them. Any thread may ask."""
+        overridden = type(self).handle is not SQLiteWriter.handle
+        return overridden or any(base in self._apply_by_type for base in kind.__mro__)
+
+    # The thread. Whatever goes wrong in it ends in `error`, and the channel then refuses its producers.
+
+    def run(self) -> None:
+        """The thread's life: open, commit batch after batch, close."""
+        try:
+            self._patiently(self._open)
+            self.opened.set()
+            while True:
+                batch = self._channel.drain()
+                if batch is None:
+                    break
+                if batch:
+                    self._store(batch)
+            if self.conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+                self._checkpoint()
+        except BaseException as error:
+            self.error = self._failure(error)
+            logger.debug("the writer failed", exc_info=True)
+        finally:
+            self._close()
+            self.opened.set()
+            if self.error is not None:
+                if self.run_of is None:
+                    logger.error("%s", self.error)
+                self._channel.fail(self.error)
+
+    def join(self, timeout: Optional[float] = None) -> None:
+        """Wait for the end, `timeout` seconds at most; raises what made the writer fail."""
+        super().join(timeout)
+        if self.error is not None and not self.is_alive():
+            raise self.error
+
+    def _failure(self, error: BaseException) -> BaseException:
+        if isinstance(error, PipeloomError):
+            return error
+        if not self.opened.is_set() and isinstance(error, sqlite3.Error):
+            return DatabaseError(self.db_path, f"cannot be used: {error}", "restore it or use another file")
+        failure = WriterFailed(self.db_path, _describe(error), "mend the cause and run again with resume=True")
+        failure.__cause__ = error
+        return failure
+
+    def _close(self) -> None:
+        conn, self.conn = self.conn, None  # type: ignore[assignment]
+        if conn is not None:
+            conn.close()
+
+    def _checkpoint(self) -> None:
+        try:
+            wal_checkpoint(self.conn)
+        except sqlite3.Error:  # the next opening reads the WAL as well
+            logger.debug("the last checkpoint failed", exc_info=True)
+
+    # Opening, in one transaction: a script that fails leaves nothing behind.
+
+    def _open(self) -> None:
+        self._close()
+        self.conn = _open(self.db_path, wal=self.wal, timeout=0.25, isolation_level=None)
+        if self.durable:
+            self.conn.execute("PRAGMA synchronous=FULL")
+        self.conn.set_authorizer(self._authorize)
+        self._own(BEGIN)
+        init_schema(self.conn, store_task_status=self.store)
+        self._run_schema()
+        if self.store:
+            self.conn.execute(CREATE_STAGING)
+            self.last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0] or 0
+            if self.run_of is not None:
+                self._start_run()
+        self._own(COMMIT)
+
+    def _run_schema(self) -> None:
+        for statement in _statements(self.schema):
+            try:
+                self.conn.execute(statement)
+            except sqlite3.Error as error:
+                if _is_passing(error):
+                    raise
+                raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; mend it") from error
+
+    def _start_run(self) -> None:
+        import socket
+
+        if self.conn.execute("SELECT 1 FROM pipeline_runs WHERE status = 'running'").fetchone() or (
+            self.last_id and not self.conn.execute("SELECT 1 FROM pipeline_runs").fetchone()
+        ):
+            for statement in MARK_INTERRUPTED:
+                self.conn.execute(statement, (_now(),))
+        row = (_now(), socket.gethostname(), os.getpid(), __version__)
+        self.run_id = self.conn.execute(START_RUN, row).lastrowid
+
+    def _authorize(self, action: int, what: Optional[str], *_: object) -> int:
+        """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
+        if action == sqlite3.SQLITE_TRANSACTION and not self._ours:
+            self._rolled_back = self._rolled_back or what == "ROLLBACK"
+            return sqlite3.SQLITE_IGNORE
+        return sqlite3.SQLITE_OK
+
+    def _own(self, statement: str) -> None:
+        self._ours = True
+        try:
+            self.conn.execute(statement)
+        finally:
+            self._ours = False
+
+    # One batch, one transaction: first as a whole, then, if a message is bad, message by message.
+
+    def _store(self, batch: List[Item]) -> None:
+        try:
+            self._patiently(self._transaction, batch, self._apply)
+        except WriterFailed:
+            raise
+        except Exception:
+            self._patiently(self._transaction, batch, self._apply_alone)
+        self._acknowledge()
+
+    def _patiently(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step until it works: a lock or a full disk that passes costs time and nothing else."""
+        began = time.monotonic()
+        warned = False
+        while True:
+            try:
+                return step(*args)
+            except Exception as error:
+                if self.conn is not None and self.conn.in_transaction:
+                    self._own(ROLLBACK)
+                if not _is_passing(error):
+                    raise
+                waited = time.monotonic() - began
+                patience = self.busy_timeout if _is_lock(error) else min(DISK_PATIENCE, self.busy_timeout)
+                if waited >= patience or self.hurry.is_set():
+                    raise self._out_of_patience(error, waited) from error
+                if not warned and waited > 0.5:
+                    warned = True
+                    logger.warning(
+                        "database %r: %s; waiting up to %g s for that to pass", self.db_path, error, patience
+                    )
+            self.hurry.wait(0.05)
+
+    def _out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
+        cure = (
+            "end the program that holds it, or pass a longer busy_timeout="
+            if _is_lock(error)
+            else "make room on the disk or mend it"
+        )
+        return WriterFailed(
+            self.db_path, f"{error}, still after {waited:.1f} s", f"{cure}, then run again with resume=True"
+        )
+
+    def _transaction(self, batch: List[Item], apply: Callable[[Optional[TaskContext], Any], None]) -> None:
+        # 1. Forget what an earlier try of this batch meant to do.
+        self._forget_transaction()
+        # 2. Apply every message: rows of the user's own now, task rows in memory.
+        self._own(BEGIN)
+        for sender, message in batch:
+            apply(sender, message)
+        # 3. Write each task's row once, however many messages it had, and commit.
+        if self.store and self._pending:
+            self._write_task_rows()
+        self._own(COMMIT)
+
+    def _forget_transaction(self) -> None:
+        self._pending: Dict[int, _TaskRow] = {}  # task rows that this transaction writes
+        self._news: Dict[Tuple[int, type], Any] = {}  # what the display is told after the commit
+        self._settled: List[Tuple[TaskContext, str, str]] = []  # and the engine: context, status, message
+        self._rejected: Dict[TaskContext, BaseException] = {}
+
+    def _apply(self, sender: Optional[TaskContext], message: Any) -> None:
+        self._sender = sender
+        self._rolled_back = False
+        if sender is not None:
+            if sender.rejected or sender in self._rejected:
+                return  # a message of this attempt was bad, and that has ended it
+            if message is None:  # progress: only the newest counts, and the context has it
+                sender.has_news = False
+                message = sender.news
+            elif type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
+                for held in sender.held:
+                    self.handle(held)
+        self.handle(message)
+        if self._rolled_back:
+            raise MessageRefused("a handler rolled back; raise an exception instead, which fails its task only")
+
+    def _apply_alone(self, sender: Optional[TaskContext], message: Any) -> None:
+        self.conn.execute("SAVEPOINT message")
+        try:
+            self._apply(sender, message)
+        except Exception as error:
+            if _is_passing(error) or not self.conn.in_transaction:
+                raise  # no message's fault: the whole batch again
+            self.conn.execute("ROLLBACK TO message")
+            self._reject(sender, message, error)
+        self.conn.execute("RELEASE message")
+
+    def _reject(self, sender: Optional[TaskContext], message: Any, error: Exception) -> None:
+        if sender is None:
+            logger.error("message refused: %s, in %.200r", _describe(error), message)
+            return
+        self._sender = sender
+        sender.record(error)
+        self._on_finished(MsgTaskFinished(sender.task_id, ERROR, _now(), None, _text(_describe(error))))
+        self._rejected[sender] = error
+
+    def _acknowledge(self) -> None:
+        """The batch is committed: only now may anybody see it or act upon it."""
+        for id, row in self._pending.items():
+            if row.status == RUNNING:
+                self._rows[id] = row
+            else:
+                self._rows.pop(id, None)
+        for sender, error in self._rejected.items():
+            sender.rejected = sender.closed = True
+            sender.cancel(f"refused: {_describe(error)}")
+        if self.display is not None:
+            self._show()
+        if self.run_of is not None and self._settled:
+            self.run_of.settle(self._settled)
+        self._forget_transaction()
+
+    def _show(self) -> None:
+        try:
+            for message in self._news.values():
+                self.display.update(message)
+        except BaseException as error:  # a display never harms the run
+            self.display = None
+            logger.warning("the progress display failed and is off: %s", _describe(error))
+
+    # Messages
+
+    def handle(self, message: Any) -> None:
+        """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
+        try:
+            apply = self._apply_by_type[type(message)]
+        except KeyError:
+            apply = self._inherited(type(message))
+        apply(message)
+
+    def _inherited(self, kind: type) -> Callable[[Any], object]:
+        for base in kind.__mro__:
+            if base in self._apply_by_type:
+                self._apply_by_type[kind] = self._apply_by_type[base]
+                return self._apply_by_type[kind]
+        raise _unknown(kind)
+
+    def _row(self, message: Any) -> _TaskRow:
+        """The row of a message's task: as this transaction has it, as a commit left it, or a new one."""
+        id = message.task_id
+        row = self._pending.get(id)
+        if row is None:
+            known = self._rows.get(id)
+            found = None if known is None else _row_values(known)
+            if found is None and self.store and not (self._sender and self._sender.owns(message)):
+                found = self.conn.execute(LOAD_TASK, (id,)).fetchone()
+            name = getattr(message, "name", None) or (self._sender.name if self._sender else f"task-{id}")
+            row = self._pending[id] = _TaskRow(*found) if found else _TaskRow(id, name, QUEUED)
+        return row
+
+    def _own_sender(self, message: Any) -> Optional[TaskContext]:
+        """The attempt that a message is about, if its own worker sent it."""
+        return self._sender if self._sender and self._sender.owns(message) else None
+
+    def _on_started(self, m: MsgTaskStarted) -> None:
+        sender, row = self._own_sender(m), self._row(m)
+        if sender is None or row.status != RUNNING:  # else the worker repeats what the engine has said
+            attempts = sender.attempt if sender else (row.attempts or 0) + 1
+            row = _TaskRow(m.task_id, m.name, RUNNING, attempts=attempts, run_id=self.run_id)
+            self._pending[m.task_id] = row
+        row.name, row.started_at = m.name, m.started_at
+        self._news[m.task_id, MsgTaskStarted] = m
+
+    def _on_progress(self, m: MsgTaskProgress) -> None:
+        row = self._row(m)
+        if row.status in FINAL:
+            return  # late: the task's finish counts
+        row.status = RUNNING
+        if m.total:
+            row.progress = m.step / m.total
+        row.message = m.message
+        self._news[m.task_id, MsgTaskProgress] = m
+
+    def _on_finished(self, m: MsgTaskFinished) -> None:
+        sender, row = self._own_sender(m), self._row(m)
+        if row.status in FINAL:
+            return  # the first finish counts
+        row.status, row.finished_at, row.result, row.message = m.status, m.finished_at, m.result, m.message
+        row.run_id = self.run_id
+        if m.status == DONE:
+            row.progress = 1.0
+        if sender is None:
+            self._news[m.task_id, MsgTaskFinished] = m
+            return
+        row.traceback = sender.traceback
+        if m.status == ERROR and sender.may_retry():
+            row.status = QUEUED
+            self._news[m.task_id, MsgTaskProgress] = MsgTaskProgress(m.task_id, 0, 0, f"to retry: {m.message}")
+        else:
+            self._news[m.task_id, MsgTaskFinished] = m
+        self._settled.append((sender, row.status, m.message))
+
+    def _on_execute(self, m: MsgExecute) -> None:
+        if not m.many:
+            self.conn.execute(m.sql, m.params)
+        else:
+            self._execute_many(m.sql, m.params)
+
+    def _execute_many(self, sql: str, rows: List[Any]) -> None:
+        """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
+        match = INSERT_VALUES.match(sql)
+        width = sql.count("?")
+        if match and set(map(len, rows)) == {width} and not isinstance(rows[0], Mapping):
+            self._insert(match["head"], match["row"], match["tail"], width, rows)
+        else:
+            self.conn.executemany(sql, rows)
+
+    def _insert(self, head: str, row: str, tail: str, width: int, rows: List[Any]) -> None:
+        size = max(1, VARIABLES // width)
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            sql = f"{head}{', '.join([row] * len(chunk))}{tail}"
+            self.conn.execute(sql, list(chain.from_iterable(chunk)))
+
+    def _write_task_rows(self) -> None:
+        rows = [_row_values(row) for row in self._pending.values()]
+        self._insert(STAGE, f"({', '.join('?' * len(COLUMNS))})", "", len(COLUMNS), rows)
+        for statement in MERGE:
+            self.conn.execute(statement)
+
+    def _on_queued(self, m: _MsgQueued) -> None:
+        for id, name in m.tasks:
+            self._pending[id] = _TaskRow(id, name, QUEUED, run_id=self.run_id)
+
+    def _on_run_ended(self, m: _MsgRunEnded) -> None:
+        if not self.store:
+            return
+        if m.reason:
+            self._write_task_rows()  # what is queued in this very batch, too
+            self._pending.clear()
+            self.conn.execute(CANCEL_QUEUED, (m.reason, _now(), self.run_id))
+        self.conn.execute(FINISH_RUN, (_now(), m.status, *m.counts, self.run_id))
+
+
+def _unknown(kind: type) -> MessageRefused:
+    return MessageRefused(
+        f"nobody handles messages of type {kind.__name__}; pass handlers={{{kind.__name__}: function}}"
+    )
+
+
+# ---- Progress: what is shown; the writer reports, a ticker thread draws, neither waits for the other ----
+
+NAME_WIDTH = 40  # cells of a task's name at the most
+LOG_EVERY = 10.0  # seconds between two log lines
+FRAME = 0.1  # seconds between two frames of the bars
+
+
+class Progress:
+    """The protocol of a display: these three methods, and nothing else is called.
+
+    start() and stop() run in the thread that called run_pipeline, update() in the writer's, with every
+    message that has been committed (of several progress messages of a task in one commit, the last). A
+    display that raises is switched off; one that blocks holds up the writer.
+    """
+
+    def start(self, total: Optional[int]) -> None:
+        """The run begins; `total` tasks where that is known."""
+
+    def update(self, message: Any) -> None:
+        """A message has been committed."""
+
+    def stop(self, result: Any) -> None:
+        """The run has ended; `result` is its RunResult."""
+
+
+class _Bar:
+    """One running task, or one bar of somebody's own."""
+
+    __slots__ = ("completed", "name", "text", "total")
+
+    def __init__(self, name: str, total: Optional[float] = None, completed: float = 0, text: str = "") -> None:
+        self.name, self.total, self.completed, self.text = name, total, completed, text
+
+    def fraction(self) -> Optional[float]:
+        """0..1, or None where the total is not known."""
+        return min(max(self.completed / self.total, 0.0), 1.0) if self.total else None
+
+
+class _Board(Progress):
+    """What a display of ours knows, and the thread that draws it. Subclasses say how.
+
+    The writer's thread changes the fields and the ticker's only reads: a frame may be a message behind.
+    """
+
+    interval = FRAME
+
+    def __init__(self, stream: Any = None) -> None:
+        self.stream = stream or sys.stderr
+        self.total: Optional[int] = None
+        self.counts = dict.fromkeys((*FINAL, "skipped"), 0)
+        self.running: Dict[int, _Bar] = {}
+        self.began = time.monotonic()
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="pipeloom-display", daemon=True)
+
+    def start(self, total: Optional[int]) -> None:
+        self.total = total
+        self.began = time.monotonic()
+        self._ticker.start()
+
+    def update(self, message: Any) -> None:
+        kind = type(message)
+        if kind is MsgTaskStarted:
+            self.running[message.task_id] = _Bar(message.name)
+        elif kind is MsgTaskProgress:
+            bar = self.running.get(message.task_id)
+            if bar is not None:
+                bar.completed, bar.total, bar.text = message.step, message.total, message.message
+        elif kind is MsgTaskFinished:
+            self.running.pop(message.task_id, None)
+            self.counts[message.status] += 1
+
+    def stop(self, result: Any) -> None:
+        self._over.set()
+        if self._ticker.ident is not None:
+            self._ticker.join(2)  # a stream that blocks (Ctrl-S) is left behind
+
+    def _tick(self) -> None:
+        try:
+            self._open()
+            try:
+                while not self._over.wait(self.interval):
+                    self._draw()
+            finally:
+                self._close()
+        except Exception as error:  # a closed pipe, a terminal gone: the run goes on without bars
+            logger.debug("the display is off: %s", _describe(error))
+
+    def _open(self) -> None:
+        """Take the terminal."""
+
+    def _draw(self) -> None:
+        """Show the board as it is."""
+
+    def _close(self) -> None:
+        """Show the end and give the terminal back."""
+
+    def settled(self) -> int:
+        return sum(self.counts.values())
+
+    def overall(self) -> _Bar:
+        """The bar for all tasks."""
+        settled = self.settled()
+        elapsed = time.monotonic() - self.began
+        parts = [f"{settled:,}/{self.total:,}" if self.total is not None else f"{settled:,} done"]
+        parts.append(_clock(elapsed))
+        if self.total and 0 < settled < self.total and elapsed > 1:
+            parts.append(f"eta {_clock(elapsed / settled * (self.total - settled))}")
+        parts += [f"{self.counts[s]:,} {w}" for s, w in ((ERROR, "failed"), (CANCELLED, "cancelled")) if self.counts[s]]
+        if self.total == 0:
+            return _Bar("All tasks", 1, 1, "  ".join(parts))
+        return _Bar("All tasks", self.total, settled, "  ".join(parts))
+
+    def bars(self, room: int) -> List[_Bar]:
+        """The overall bar, then as many running tasks as have room, then how many more there are."""
+        running = self.running.copy()
+        shown = list(islice(running.values(), room if len(running) < room else max(room - 2, 0)))
+        rest = len(running) - len(shown)
+        bars = [self.overall(), *shown]
+        return [*bars, _Bar(f"+{rest:,} more")] if rest and room > 1 else bars
+
+
+class _LogLines(_Board):
+    """For what is no terminal: a line every ten seconds at most, and one at the end."""
+
+    interval = LOG_EVERY
+
+    def _draw(self) -> None:
+        running = f"  {len(self.running):,} running" if self.running else ""
+        self.stream.write(f"pipeloom: {self.overall().text}{running}\n")
+        self.stream.flush()
+
+    def _close(self) -> None:
+        self._draw()
+
+
+class _AnsiBars(_Board):
+    """The bars, drawn with escape sequences on a terminal."""
+
+    def _open(self) -> None:
+        self.screen = _Screen(self.stream)
+        self.screen.open(lambda width, height: _lines(self.bars(height - 1)[: height - 1], width, self.screen.style))
+
+    def _draw(self) -> None:
+        self.screen.draw()
+
+    def _close(self) -> None:
+        self.running.clear()
+        self.screen.close(keep=True)
+
+
+class _RichBars(_Board):
+    """The bars, drawn by Rich: one Live shows all, since two at once fail before Rich 14.1."""
+
+    def _open(self) -> None:
+        from rich.live import Live
+
+        self.console = _rich_console()
+        redirect = bool(getattr(sys.stdout, "isatty", bool)())  # a pipe's output is no line above the bars
+        self.live = Live(
+            self, console=self.console, auto_refresh=False, redirect_stdout=redirect, redirect_stderr=True
+        )
+        self.live.start()
+
+    def __rich__(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        width = self.console.size.width
+        table = Table.grid(padding=(0, 1))
+        for bar in self.bars(self.console.size.height - 1):
+            fraction = bar.fraction()
+            cells: List[Any] = [Text(_fit(bar.name, min(NAME_WIDTH, width // 3)).rstrip(), no_wrap=True)]
+            if fraction is not None:
+                cells += [ProgressBar(1, fraction, width=max(width // 4, 4)), Text(f"{fraction:4.0%}")]
+            else:
+                cells += ["", ""]
+            table.add_row(*cells, Text(_fit(bar.text, width).rstrip(), no_wrap=True, overflow="ellipsis"))
+        return table
+
+    def _draw(self) -> None:
+        self.live.refresh()
+
+    def _close(self) -> None:
+        self.running.clear()
+        self.live.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def _cells(char: str) -> int:
+    """How many terminal cells a character takes."""
+    if east_asian_width(char) in "WF":
+        return 2
+    return 0 if category(char) in ("Mn", "Me", "Cf") else 1
+
+
+def _width(text: str) -> int:
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def _fit(text: str, width: int) -> str:
+    """One line of exactly `width` cells: control characters shown as ?, the rest cut or padded."""
+    if text.isascii() and text.isprintable():
+        return text[:width].ljust(width)
+    line, used = [], 0
+    for char in text:
+        if char in "\u200d\ufe0e\ufe0f" or "\U0001f3fb" <= char <= "\U0001f3ff":
+            continue  # they join or tint what stands before them, and terminals disagree how wide that is
+        char = char if char.isprintable() else " " if char.isspace() else "?"
+        used += _cells(char)
+        if used > width:
+            used -= _cells(char)
+            break
+        line.append(char)
+    return "".join(line) + " " * (width - used)
+
+
+class _Style:
+    """What a stream can show: colours or none, bars of box-drawing characters or of ASCII."""
+
+    def __init__(self, stream: Any) -> None:
+        self.colour = not os.environ.get("NO_COLOR")
+        encoding = getattr(stream, "encoding", None) or "ascii"
+        try:
+            "━".encode(encoding)
+            self.full, self.empty = "━", " " if not self.colour else "━"
+        except (UnicodeError, LookupError):
+            self.full, self.empty = "#", "."
+        self.encoding = encoding
+
+    def bar(self, fraction: float, width: int) -> str:
+        filled = int(fraction * width)
+        left, right = self.full * filled, self.empty * (width - filled)
+        return f"\x1b[32m{left}\x1b[90m{right}\x1b[0m" if self.colour else left + right
+
+
+def _lines(bars: List[_Bar], width: int, style: _Style) -> List[Tuple[str, int]]:
+    """The lines of some bars, each with the number of cells that it fills (never the last column)."""
+    room = max(width - 1, 0)
+    names = min(max((_width(bar.name) for bar in bars), default=0), NAME_WIDTH, room // 3)
+    length = min(40, max(room - names, 0) // 3)
+    return [_line(bar, room, names, length, style) for bar in bars]
+
+
+def _line(bar: _Bar, room: int, names: int, length: int, style: _Style) -> Tuple[str, int]:
+    fraction = bar.fraction()
+    head = _fit(bar.name, names) + " "
+    percent = f" {fraction:4.0%} " if fraction is not None else "      "
+    rest = room - names - 1 - length - len(percent)
+    if rest < 0:
+        return _fit(f"{bar.name} {percent.strip()} {bar.text}", room), room
+    body = style.bar(fraction, length) if fraction is not None else " " * length
+    return head + body + percent + _fit(bar.text, rest), room
+
+
+class _Screen:
+    """A block of lines at the bottom of a terminal; whole lines written meanwhile appear above it.
+
+    `_lock` makes each change of the terminal one piece: erase, write, draw again. Wrapping is off only
+    inside a frame and the cursor is never hidden, so that a process killed at any moment leaves a whole
+    terminal behind.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.style = _Style(stream)
+        self._lock = threading.RLock()
+        self._drawn: List[int] = []  # the cells of each line that stands there now
+        self._render: Callable[[int, int], List[Tuple[str, int]]] = lambda width, height: []
+        self._stand_ins: List[_Above] = []
+
+    def open(self, render: Callable[[int, int], List[Tuple[str, int]]]) -> None:
+        self._render = render
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if _is_terminal(stream):
+                self._stand_ins.append(_Above(name, stream, self))
+        self.draw()
+
+    def draw(self) -> None:
+        with self._lock:
+            self._write(self.stream, self._erased() + self._frame())
+
+    def above(self, stream: Any, text: str) -> None:
+        """Write whole lines to `stream`, above the block."""
+        with self._lock:
+            try:
+                self._write(self.stream, self._erased())
+            except (OSError, ValueError):  # the bars' stream is gone; that is not this writer's trouble
+                stream.write(text)
+            else:
+                self._write(stream, text)
+                self._write(self.stream, self._frame())
+
+    def close(self, keep: bool) -> None:
+        for stand_in in self._stand_ins:
+            stand_in.leave()
+        with self._lock:
+            self._write(self.stream, self._erased() + (self._frame() if keep else ""))
+            self._drawn = []
+        for stand_in in self._stand_ins:
+            stand_in.write_rest()
+
+    def _frame(self) -> str:
+        width, height = _terminal_size(self.stream)
+        lines = self._render(width, height)
+        self._drawn = [cells for _, cells in lines]
+        return "\x1b[?7l" + "".join(f"{line}\x1b[K\r\n" for line, _ in lines) + "\x1b[?7h"
+
+    def _erased(self) -> str:
+        """Go to the block's first line and clear from there; a narrower window has folded the lines."""
+        width = max(_terminal_size(self.stream)[0], 1)
+        rows = sum(max(1, -(-cells // width)) for cells in self._drawn)
+        return f"\r\x1b[{rows}A\x1b[J" if rows else "\r\x1b[J"
+
+    def _write(self, stream: Any, text: str) -> None:
+        stream.write(text.encode(self.style.encoding, "replace").decode(self.style.encoding))
+        stream.flush()
+
+
+class _Above:
+    """Stands in for sys.stdout or sys.stderr while bars are up, so that print() does not tear them."""
+
+    def __init__(self, name: str, stream: Any, screen: _Screen) -> None:
+        self._name, self._stream, self._screen = name, stream, screen
+        self._rest = ""
+        setattr(sys, name, self)
+
+    def write(self, text: str) -> int:
+        with self._screen._lock:
+            lines, newline, self._rest = (self._rest + text).rpartition("\n")
+            if newline:
+                self._screen.above(self._stream, lines + newline)
+        return len(text)
+
+    def flush(self) -> None:
+        """Half a line waits for its end."""
+
+    def leave(self) -> None:
+        if getattr(sys, self._name) is self:
+            setattr(sys, self._name, self._stream)
+
+    def write_rest(self) -> None:
+        self._stream.write(self._rest)
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):  # None under `2>&-`, or closed
+        return False
+
+
+def _terminal_size(stream: Any) -> Tuple[int, int]:
+    try:
+        width, height = os.get_terminal_size(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        width = height = 0
+    return width or 80, height or 24
+
+
+def _rich_console() -> Any:
+    """The one Rich console, on stderr; None where Rich is not importable."""
+    global _console
+    if _console is None:
+        try:
+            from rich.console import Console
+        except ImportError:
+            return None
+        _console = Console(stderr=True)
+    return _console
+
+
+_console: Any = None
+
+
+class _PlainConsole:
+    """What `console` is without Rich."""
+
+    def print(self, *objects: object, **_: object) -> None:
+        """Print to stderr, above the bars."""
+        print(*objects, file=sys.stderr)
+
+    log = print
+
+
+def _display_of(progress: Any) -> Any:
+    """The display that `progress=` asks for."""
+    if progress == "auto":
+        progress = _best_display()
+    if progress == "rich" and _rich_console() is None:
+        raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
+    kinds: Dict[str, Callable[[], Progress]] = {
+        "rich": _RichBars, "ansi": _AnsiBars, "log": _LogLines, "none": Progress,
+    }  # fmt: skip
+    if isinstance(progress, str):
+        if progress not in kinds:
+            raise UsageError(f"progress={progress!r} is unknown: expected auto, {', '.join(kinds)} or an object")
+        return kinds[progress]() if sys.stderr is not None else Progress()
+    missing = [name for name in ("start", "update", "stop") if not callable(getattr(progress, name, None))]
+    if missing:
+        raise UsageTypeError(f"progress={progress!r} has no method {missing[0]}(); see pipeloom.Progress")
+    return progress
+
+
+def _best_display() -> str:
+    if not _is_terminal(sys.stderr):
+        return "log"
+    if os.name == "nt":
+        os.system("")  # makes the Windows console understand escape sequences
+    boxes = _Style(sys.stderr).full == "━"  # without them Rich raises where our bars use ASCII
+    return "rich" if boxes and _rich_console() is not None else "ansi"
+
+
+# The two progress managers of the original, for those who draw bars of their own.
+
+
+class _AnsiProgress:
+    """Looks like rich.progress.Progress where that cannot be imported. Any thread may call it."""
+
+    def __init__(self, transient: bool = False) -> None:
+        self.tasks: Dict[int, _Bar] = {}
+        self._transient = transient
+        self._ids = count()
+        self._shared = _shared_screen
+
+    def add_task(self, description: str, total: Optional[float] = 100, completed: float = 0, **_: Any) -> int:
+        """Add a bar; returns its id, which may be 0."""
+        id = next(self._ids)
+        self.tasks[id] = _Bar(_without_markup(description), total, completed)
+        return id
+
+    def update(
+        self,
+        task_id: int,
+        *,
+        total: Optional[float] = None,
+        completed: Optional[float] = None,
+        advance: float = 0,
+        description: Optional[str] = None,
+        **_: Any,
+    ) -> None:
+        """Change a bar; one that was removed is let be."""
+        bar = self.tasks.get(task_id)
+        if bar is not None:
+            bar.total = bar.total if total is None else total
+            bar.completed = (bar.completed if completed is None else completed) + advance
+            bar.name = bar.name if description is None else _without_markup(description)
+
+    def advance(self, task_id: int, advance: float = 1) -> None:
+        """Move a bar on."""
+        self.update(task_id, advance=advance)
+
+    def remove_task(self, task_id: int) -> None:
+        """Take a bar away, if it is there."""
+        self.tasks.pop(task_id, None)
+
+    def refresh(self) -> None:
+        """Draw now."""
+        self._shared.draw()
+
+    def start(self) -> None:
+        """Show the bars until stop()."""
+        self._shared.add(self)
+
+    def stop(self) -> None:
+        """Leave the bars on the screen as they are, or clear them if they are transient."""
+        self._shared.remove(self, keep=not self._transient)
+
+    def __enter__(self) -> _AnsiProgress:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class _SharedScreen:
+    """All started _AnsiProgress objects in one block, drawn by one thread while there are any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the list and the screen's coming and going
+        self._shown: List[_AnsiProgress] = []
+        self._screen: Optional[_Screen] = None
+        self._over = threading.Event()
+
+    def add(self, progress: _AnsiProgress) -> None:
+        with self._lock:
+            if progress not in self._shown:
+                self._shown.append(progress)
+            if self._screen is None and _is_terminal(sys.stderr):
+                self._screen = _Screen(sys.stderr)
+                self._screen.open(self._render)
+                self._over = threading.Event()
+                threading.Thread(target=self._tick, args=(self._over,), name="pipeloom-display", daemon=True).start()
+
+    def remove(self, progress: _AnsiProgress, keep: bool) -> None:
+        with self._lock:
+            if progress not in self._shown:
+                return
+            self._shown.remove(progress)
+            if self._screen is None:
+                return
+            if keep:
+                bars = list(progress.tasks.values())
+                width = _terminal_size(self._screen.stream)[0]
+                lines = _lines(bars, width, self._screen.style)
+                self._screen.above(self._screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
+            if not self._shown:
+                self._over.set()
+                self._screen.close(keep=False)
+                self._screen = None
+
+    def draw(self) -> None:
+        screen = self._screen
+        if screen is not None:
+            try:
+                screen.draw()
+            except (OSError, ValueError):
+                self._over.set()
+
+    def _tick(self, over: threading.Event) -> None:
+        while not over.wait(FRAME):
+            self.draw()
+
+    def _render(self, width: int, height: int) -> List[Tuple[str, int]]:
+        bars = [bar for progress in self._shown for bar in progress.tasks.copy().values()]
+        style = self._screen.style if self._screen else _Style(sys.stderr)
+        return _lines(bars[: max(height - 1, 1)], width, style)
+
+
+_shared_screen = _SharedScreen()
+
+
+def _without_markup(text: str) -> str:
+    """What Rich's users write as "[cyan]All tasks" is shown without the tags."""
+    return re.sub(r"\[/?[a-z ]*\]", "", str(text))
+
+
+def make_overall_progress() -> Any:
+    """A progress manager whose bars stay: Rich's Progress, or one like it where Rich is missing."""
+    return _make_progress(transient=False)
+
+
+def make_task_progress() -> Any:
+    """A progress manager whose bars clear at the end; see make_overall_progress()."""
+    return _make_progress(transient=True)
+
+
+def _make_progress(transient: bool) -> Any:
+    console = _rich_console()
+    if console is None:
+        return _AnsiProgress(transient)
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(console=console, transient=transient)
+
+
+def preregister_task_bars(progress: Any, num_tasks: int) -> Dict[int, Any]:
+    """Add a bar for each of the tasks 1..num_tasks; returns {task id: bar id}. A bar id may be 0."""
+    return {id: progress.add_task(f"task-{id}", total=100) for id in range(1, num_tasks + 1)}
+
+
+class _TaskBars(Progress):
+    """Drives the `task_progress` that a SQLiteWriter was given, as the original did."""
+
+    def __init__(self, progress: Any, bars: Mapping[int, Any]) -> None:
+        self._progress = progress
+        self._bars = dict(bars)
+
+    def update(self, message: Any) -> None:
+        bar = self._bars.get(message.task_id)
+        if bar is None:  # and not `if not bar`: 0 is an id
+            return
+        if type(message) is MsgTaskProgress and message.total:
+            self._progress.update(bar, completed=int(100 * message.step / message.total))
+        elif type(message) is MsgTaskFinished:
+            del self._bars[message.task_id]
+            self._progress.update(bar, completed=100)
+            self._progress.remove_task(bar)
+            self._progress.refresh()
+
+
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at that moment: while bars are up, that puts lines above them."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+def setup_logging(verbose: int, log_file: Any = None) -> None:
+    """Show log lines of level WARNING (0), INFO (1) or DEBUG (2 and more) on stderr, above the bars.
+
+    `log_file` gets them too, as plain lines with a time. Call it again to change either.
+    """
+    level = logging.WARNING if verbose <= 0 else logging.INFO if verbose == 1 else logging.DEBUG
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "_pipeloom", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    handlers: List[logging.Handler] = [_LogHandler()]
+    handlers[0].setFormatter(logging.Formatter("%(levelname)-8s %(message)s"))
+    if log_file:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(name)s] %(message)s"))
+    for handler in handlers:
+        handler._pipeloom = True  # type: ignore[attr-defined]
+        root.addHandler(handler)
+    root.setLevel(level)
+    logger.setLevel(level)
+
+
+# ---- Task and context: what a worker may do ------------------------------------------------------------
+
+MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
+STREAM_ROWS = 1_000  # that an atomic=False task sends at once
+
+
+class _Reader(sqlite3.Connection):
+    """A read-only connection whose `with` block closes it."""
+
+    def __exit__(self, *_: Any) -> Any:
+        self.close()
+
+
+class TaskContext:
+    """What a worker gets as its queue: its task's way to the writer. For the thread that runs the task.
+
+    Rows that it sends are kept here and travel with the finish, so that they are stored if and only if
+    the task is done; with atomic=False they are sent on as they come. Everything that sends raises
+    TaskCancelled once the task is to stop, and WriterFailed once nothing can be stored any more.
+    """
+
+    __slots__ = (
+        "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed", "deadline",
+        "error", "has_news", "held", "name", "news", "reason", "rejected", "stage", "task", "task_id",
+        "traceback",
+    )  # fmt: skip
+
+    def __init__(self, run: _Run, stage: _Stage, task: Any, task_id: int, name: str, attempt: int = 1) -> None:
+        self._run = run
+        self.stage = stage
+        self.task = task  #: the task as it was given
+        self.task_id = task_id
+        self.name = name
+        self.attempt = attempt  #: 1 for the first go, 2 for the first retry
+        self.closed = False  # nothing is accepted any more; guarded by the channel's lock
+        self.rejected = False  # a message of this attempt was bad
+        self.abandoned = False  # timed out: its thread ends when the function returns, if ever
+        self.reason: Optional[str] = None  # why the task is to stop
+        self.deadline: Optional[float] = None
+        self.held: List[Any] = []  # messages that wait for the finish
+        self.news: Any = None  # the newest progress
+        self.has_news = False  # and it is on its way to the writer
+        self.error: Optional[BaseException] = None
+        self.traceback: Optional[str] = None
+        self._held_rows = 0
+        self._limit = MANY_ROWS if stage.atomic else STREAM_ROWS
+        self._group: List[Any] = []  # rows of consecutive statements with the same SQL
+        self._group_sql: Optional[str] = None
+
+    # What a worker calls
+
+    def put(self, message: Any, block: bool = True, timeout: Optional[float] = None) -> None:
+        """Send any typed message. Waits while the writer is behind; `block` and `timeout` are a queue's.
+
+        Raises MessageRefused for a message that can never be stored. After the task's finish, further
+        status messages are dropped, as only the first finish counts, and anything else is refused.
+        """
+        kind = type(message)
+        check = CHECKS.get(kind)
+        if check is not None:
+            message = check(message)
+        elif message is SENTINEL:
+            raise MessageRefused("SENTINEL was put by a worker; it is the engine's, to return is enough")
+        elif not self._run.writer.accepts(kind):
+            raise _unknown(kind)
+        self.check()
+        if kind is MsgTaskProgress and self.owns(message):
+            self._tell(message)
+        elif kind is MsgTaskFinished and self.owns(message):
+            self.finish(message)
+        elif kind in (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished):
+            self._run.channel.put(self, message)
+        else:
+            self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
+
+    def progress(self, step: float, total: Optional[float] = None, message: str = "") -> None:
+        """Say how far the task is; cheap enough for every step, as only the newest is stored and shown."""
+        self.check()
+        self._tell(_checked_progress(MsgTaskProgress(self.task_id, step, total or 0, message)))
+
+    def track(self, iterable: Iterable[Any], total: Optional[float] = None) -> Iterator[Any]:
+        """Pass items on and say how far they are, ten times a second at most."""
+        if total is None:
+            total = len(iterable) if hasattr(iterable, "__len__") else 0  # type: ignore[arg-type]
+        clock = time.monotonic
+        due = clock() + FRAME
+        step = 0
+        for step, item in enumerate(iterable, 1):
+            yield item
+            if self.reason is not None:
+                self.check()
+            if clock() >= due:
+                self.progress(step, total)
+                due = clock() + FRAME
+        self.progress(step, total)
+
+    def execute(self, sql: str, params: Any = ()) -> None:
+        """One SQL statement for the writer; consecutive ones with the same SQL are run as one."""
+        if sql != self._group_sql or self.closed or self.reason is not None:
+            self._new_group(sql)
+        self._group.append(params if type(params) is tuple else _row(params))
+        if len(self._group) >= self._limit:
+            self._send_group()
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> None:
+        """One SQL statement for many rows, from any iterable."""
+        self._new_group(sql)
+        rows = iter(rows)
+        while True:
+            self._group.extend(map(_row, islice(rows, self._limit)))
+            if len(self._group) < self._limit:
+                break
+            self._send_group()
+
+    def upsert(self, table: str, rows: Iterable[Mapping[str, Any]], key: Any) -> None:
+        """Insert mappings of column to value; where `key` (a column or several) is there, update the rest.
+
+        The key needs a UNIQUE or PRIMARY KEY in the table, and SQLite 3.24 or newer.
+        """
+        if sqlite3.sqlite_version_info < (3, 24):
+            raise UsageError(
+                f"upsert needs SQLite 3.24 and this is {sqlite3.sqlite_version}; "
+                "use execute() with INSERT OR REPLACE instead"
+            )
+        keys = [key] if isinstance(key, str) else list(key)
+        columns: List[str] = []
+        sql = ""
+        for row in rows:
+            if not sql or list(row) != columns:
+                columns = list(row)
+                sql = _upsert_sql(table, columns, keys)
+            self.execute(sql, tuple(row.values()))
+
+    def connect(self) -> sqlite3.Connection:
+        """A read-only connection to the database as it is committed; its `with` block closes it."""
+        path = self._run.writer.db_path
+        if path == ":memory:":
+            raise UsageError("a :memory: database cannot be read beside its writer; use a file")
+        return _connect_readonly(path)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task is to stop: its time is up, or the run is being left."""
+        return self.reason is not None
+
+    def check(self) -> None:
+        """Raise TaskCancelled if the task is to stop."""
+        if self.reason is not None:
+            raise TaskCancelled(self.reason)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, and wake up with TaskCancelled if the task is to stop."""
+        self._run.sleep(self, seconds)
+        self.check()
+
+    # What the engine and the writer call
+
+    def owns(self, message: Any) -> bool:
+        return bool(message.task_id == self.task_id)
+
+    def finish(self, message: MsgTaskFinished) -> bool:
+        """End the attempt with this message; False if something else has ended it before.
+
+        The worker calls it, and so do its deadline and the second Ctrl-C, which leave its rows alone: the
+        writer applies those of a done task only.
+        """
+        if message.status == DONE and not self.closed:
+            self._send_group()
+        return self._run.channel.put(self, message, 1 + self._held_rows, last=True)
+
+    def cancel(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self._run.wake_sleepers()
+
+    def record(self, error: BaseException) -> None:
+        """Keep an exception and its traceback for the finish."""
+        from traceback import format_exception
+
+        self.error = error
+        text = "".join(format_exception(type(error), error, error.__traceback__))
+        self.traceback = _text(text if len(text) < 20_000 else f"{text[:10_000]}\n...\n{text[-10_000:]}")
+
+    def may_retry(self) -> bool:
+        return self.attempt <= self.stage.retries and not self._run.stopping
+
+    def next_attempt(self) -> TaskContext:
+        return TaskContext(self._run, self.stage, self.task, self.task_id, self.name, self.attempt + 1)
+
+    def _tell(self, message: MsgTaskProgress) -> None:
+        self.news = message
+        if not self.has_news:  # the writer clears this before it reads `news`, so nothing newer is missed
+            self.has_news = True
+            self._run.channel.put(self, None)
+
+    def _new_group(self, sql: str) -> None:
+        self.check()
+        self._send_group()
+        self._refuse_if_closed("execute()")
+        if not isinstance(sql, str):
+            raise MessageRefused(f"sql {sql!r} cannot be run: expected a str")
+        self._group_sql = sql
+
+    def _send_group(self) -> None:
+        if self._group:
+            group, self._group = self._group, []
+            self._send(MsgExecute(self._group_sql or "", group, True), len(group))
+        self._group_sql = None
+
+    def _send(self, message: Any, rows: int = 1) -> None:
+        if self._group:
+            self._send_group()  # in the order in which they came
+        self._refuse_if_closed(type(message).__name__)
+        if not self.stage.atomic:
+            self._run.channel.put(self, message, rows)
+            return
+        self.held.append(message)
+        before, self._held_rows = self._held_rows, self._held_rows + rows
+        if before < MANY_ROWS <= self._held_rows:
+            logger.warning(
+                "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
+                self.name, self._held_rows,
+            )  # fmt: skip
+
+    def _refuse_if_closed(self, what: str) -> None:
+        if self.closed:
+            raise MessageRefused(f"task {self.name!r} has finished: {what} came too late to be stored")
+
+
+def _upsert_sql(table: str, columns: List[str], keys: List[str]) -> str:
+    def quoted(names: Iterable[str]) -> List[str]:
+        return ['"' + name.replace('"', '""') + '"' for name in names]
+
+    missing = [key for key in keys if key not in columns]
+    if missing or not keys:
+        raise MessageRefused(f"upsert into {table!r}: key {missing or keys!r} is not among the columns {columns!r}")
+    others = quoted(name for name in columns if name not in keys)
+    action = f"UPDATE SET {', '.join(f'{c}=excluded.{c}' for c in others)}" if others else "NOTHING"
+    return (
+        f"INSERT INTO {quoted([table])[0]}({', '.join(quoted(columns))}) VALUES ({', '.join('?' * len(columns))})"
+        f" ON CONFLICT({', '.join(quoted(keys))}) DO {action}"
+    )
+
+
+# ---- Engine: one run; every wait in it has somebody who ends it ----------------------------------------
+
+FAILURES_KEPT = 100  # in a RunResult
+GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
+POLL = 0.2  # seconds; the longest that a signal goes unnoticed
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that failed: its name, the message, the traceback if there was one."""
+
+    task: str
+    message: str
+    traceback: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. The counts are of tasks; `failures` holds the first hundred."""
+
+    run_id: Optional[int]
+    done: int
+    error: int
+    cancelled: int
+    skipped: int
+    elapsed: float
+    failures: List[Failure] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """All tasks that the run knew of."""
+        return self.done + self.error + self.cancelled + self.skipped
+
+    @property
+    def ok(self) -> bool:
+        """Whether every task is done, now or before."""
+        return not self.error and not self.cancelled
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of a run; those of a stage are in _Stage."""
+
+    workers: Optional[int] = None
+    wal: bool = True
+    store_task_status: bool = True
+    fail_fast: bool = False
+    check: bool = True
+    progress: Any = "auto"
+    schema: Optional[str] = None
+    handlers: Optional[Mapping[type, Handler]] = None
+    busy_timeout: float = 300.0
+    durable: bool = False
+    writer: Type[SQLiteWriter] = SQLiteWriter
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
+            raise UsageError(f"workers={self.workers!r}: expected a whole number from 1; None is one per CPU")
+        if not isinstance(self.busy_timeout, (int, float)) or not self.busy_timeout >= 0:
+            raise UsageError(f"busy_timeout={self.busy_timeout!r}: expected a number of seconds from 0")
+        if self.schema is not None and not isinstance(self.schema, str):
+            raise UsageTypeError(f"schema={self.schema!r}: expected a str of SQL statements")
+
+
+class _Stage:
+    """The tasks that share one function: `call` takes the context, `identify` says (task_id, name)."""
+
+    def __init__(
+        self,
+        call: Callable[[TaskContext], object],
+        items: Iterable[Any],
+        identify: Callable[[Any], Tuple[Optional[int], Optional[str]]],
+    ) -> None:
+        self.call = call
+        self.items = items
+        self.identify = identify
+        self.retries = 0
+        self.atomic = True
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
+
+
+class _Run:
+    """One run, from the first task to the last commit.
+
+    The calling thread pulls tasks and waits; workers take them from `_ready`; the writer calls settle().
+    `_lock` guards `_live`, the counts and the two conditions: workers wait on `_work` for a task (announced
+    by _submit and _dismiss), the calling thread on `_wake` for room or settled tasks (announced by _take
+    and settle; it polls besides, for signals). `_ready` is a deque, whose ends are safe without a lock.
+    """
+
+    def __init__(self, stage: _Stage, db_path: str, settings: _Settings) -> None:
+        _check_database(db_path)
+        self.settings = settings
+        self.channel = Channel()
+        self.display = _display_of(settings.progress)
+        self.writer = self._make_writer(db_path)
+        self.stopping: Optional[str] = None  # why nothing new starts
+        self.began = time.monotonic()
+        self.failures: List[Failure] = []
+        self.first_error: Optional[BaseException] = None
+        self.unreported = 0  # failures that the workers did not report themselves
+        self._stage = stage
+        self._total = len(stage.items) if isinstance(stage.items, Sequence) else None
+        self._workers = settings.workers or min(self._total or os.cpu_count() or 1, os.cpu_count() or 1)
+        self._threads: List[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._wake = threading.Condition(self._lock)
+        self._sleepers = threading.Condition()  # tasks in ctx.sleep(); cancel() wakes them
+        self._ready: deque[TaskContext] = deque()
+        self._room = max(64, 4 * self._workers)  # how many tasks are pulled ahead
+        self._idle = 0  # workers that wait
+        self._dismissed = False
+        self._stirred = False  # something happened since the calling thread last looked
+        self._live: Dict[int, TaskContext] = {}  # submitted and not settled
+        self._counts = dict.fromkeys(FINAL, 0)
+        self._next_id = 1
+        self._waiting: Optional[Iterator[Tuple[int, str]]] = None  # known tasks, in order
+        self._unsubmitted = 0  # known tasks that no worker was given yet
+        self._signals: List[int] = []
+        self._heeded = 0
+        self._leave_at: Optional[float] = None
+        self._left = False  # what ran was cancelled
+        self._pulling = False  # the calling thread is inside the user's iterator
+
+    def _make_writer(self, db_path: str) -> SQLiteWriter:
+        s = self.settings
+        writer = s.writer(
+            db_path, self.channel, wal=s.wal, store_task_status=s.store_task_status, schema=s.schema,
+            handlers=s.handlers, busy_timeout=s.busy_timeout, durable=s.durable,
+        )  # fmt: skip
+        writer.display = None if type(self.display) is Progress else self.display
+        writer.run_of = self
+        return writer
+
+    # The calling thread
+
+    def execute(self) -> RunResult:
+        """Run all tasks. However it ends, what was accepted is stored and the process is as it was.
+
+        1. open the database, show the display, start the workers; 2. pull tasks until there are none or
+        something stops the run; 3. dismiss the workers; 4. tell the writer how it ended, wait for its last
+        commit; 5. stop the display; 6. restore the signal handlers; 7. return, or raise what stopped it.
+        """
+        previous = self._take_signals()
+        failure: Optional[BaseException] = None
+        try:
+            try:
+                self._start()
+                self._pull_all()
+            except BaseException as error:
+                failure = error
+                self.stopping = self.stopping or f"the run ended: {_describe(error)}"
+            failure = self._wind_up(failure)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        result = self.result()
+        if self._signals:
+            if isinstance(failure, PipeloomError):
+                logger.error("%s", failure)
+            self._deliver(result)
+        if failure is not None:
+            raise failure
+        if self.settings.check and self.unreported:
+            raise PipelineError(result) from self.first_error
+        return result
+
+    def _start(self) -> None:
+        self.writer.start()
+        while not self.writer.opened.wait(POLL):  # it opens, or fails, within busy_timeout
+            if self._signals:
+                self.writer.hurry.set()
+        self._check_writer()
+        if self.writer.db_path == ":memory:":
+            logger.warning("the database is :memory:, so that nothing is left of it after the run")
+        self._register()
+        try:
+            self.display.start(self._total)
+        except Exception as error:
+            self.writer.display = None
+            logger.warning("the progress display failed and is off: %s", _describe(error))
+        for _ in range(self._workers):
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        number = len(self._threads) + 1
+        thread = threading.Thread(target=self._work_on, name=f"pipeloom-worker-{number}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            if not self._threads:
+                raise
+            logger.warning("only %d of %d workers could be started: %s", number - 1, self._workers, error)
+        else:
+            self._threads.append(thread)
+
+    def _check_writer(self) -> None:
+        if self.writer.error is not None:
+            raise self.writer.error
+
+    def _register(self) -> None:
+        """Tasks that are known now are `queued` rows at once."""
+        if self._total is None:
+            return
+        for start in range(0, self._total, 10_000):
+            some = self._stage.items[start : start + 10_000]  # type: ignore[index]
+            self.channel.put(None, _MsgQueued([self._identity(item) for item in some]), len(some))
+        self._unsubmitted = self._total
+        self._next_id = 1
+
+    def _identity(self, item: Any) -> Tuple[int, str]:
+        given, name = self._stage.identify(item)
+        id = self._next_id if given is None else _task_id(given)
+        self._next_id = max(self._next_id, id + 1)
+        return id, _text(name) if name else f"task-{id}"
+
+    def _pull_all(self) -> None:
+        items = iter(self._stage.items)
+        more = True
+        while True:
+            self._heed_signals()
+            self._check_writer()
+            if self.stopping:
+                self._cancel_ready()
+            elif more and len(self._ready) < self._room:
+                more = self._pull_some(items)
+                continue
+            if not self._live and (self.stopping or not more):
+                return
+            with self._lock:
+                if not self._stirred:
+                    self._wake.wait(POLL)
+                self._stirred = False
+
+    def _pull_some(self, items: Iterator[Any]) -> bool:
+        """Fill `_ready`; False at the end of the items."""
+        while len(self._ready) < self._room and not self.stopping:
+            try:
+                self._pulling = True
+                item = next(items)
+                self._pulling = False
+            except (StopIteration, _Interrupted):
+                return False
+            finally:
+                self._pulling = False
+            self._submit(item)
+        return True
+
+    def _submit(self, item: Any) -> None:
+        id, name = self._identity(item)
+        if id in self._live:
+            raise UsageError(f"task_id {id} of task {name!r} is taken by {self._live[id].name!r}; give each its own")
+        ctx = TaskContext(self, self._stage, item, id, name)
+        self._live[id] = ctx
+        self._unsubmitted = max(self._unsubmitted - 1, 0)
+        self._ready.append(ctx)
+        if self._idle:  # a worker counts itself in before it looks, so that none is missed
+            with self._lock:
+                self._work.notify()
+
+    def _cancel_ready(self) -> None:
+        while self._ready:
+            try:
+                ctx = self._ready.popleft()
+            except IndexError:  # a worker was faster; it will cancel it
+                return
+            self._cancel(ctx, self.stopping or "")
+
+    def _cancel(self, ctx: TaskContext, reason: str) -> None:
+        ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, reason))
+
+    # Workers
+
+    def _work_on(self) -> None:
+        while True:
+            ctx = self._take()
+            if ctx is None:
+                return
+            try:
+                self._attempt(ctx)
+            except WriterFailed:
+                return
+            if ctx.abandoned:
+                return
+
+    def _take(self) -> Optional[TaskContext]:
+        """The next ready task, waiting for one; None when there will be none."""
+        try:
+            ctx = self._ready.popleft()
+        except IndexError:
+            with self._lock:
+                self._idle += 1
+                self._stir()
+                while not self._ready and not self._dismissed:
+                    self._work.wait()  # ended by _submit or, however the run ends, by _dismiss
+                self._idle -= 1
+                return self._ready.popleft() if self._ready else None
+        if len(self._ready) == self._room // 2:
+            with self._lock:
+                self._stir()
+        return ctx
+
+    def _stir(self) -> None:
+        """Wake the calling thread. With the lock held."""
+        self._stirred = True
+        self._wake.notify()
+
+    def _attempt(self, ctx: TaskContext) -> None:
+        if self.stopping:
+            return self._cancel(ctx, self.stopping)
+        self.channel.put(ctx, MsgTaskStarted(ctx.task_id, ctx.name, _now()))
+        try:
+            value = ctx.stage.call(ctx)
+            if type(value) is CoroutineType:
+                import asyncio
+
+                value = asyncio.run(value)
+            finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
+            accepted = ctx.closed or ctx.finish(finish)
+        except TaskCancelled as stop:
+            ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _text(stop)))
+        except WriterFailed:
+            raise
+        except BaseException as error:  # SystemExit too: a task's end is not the program's
+            self._fail(ctx, error)
+        else:
+            if not accepted and not ctx.cancelled:
+                logger.debug("task %r was finished twice; the first counts", ctx.name)
+        return None
+
+    def _fail(self, ctx: TaskContext, error: BaseException) -> None:
+        if ctx.closed:
+            logger.warning("task %r raised after its finish, which counts: %s", ctx.name, _describe(error))
+            return
+        ctx.record(error)
+        ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, _text(_describe(error))))
+
+    def sleep(self, ctx: TaskContext, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        with self._sleepers:
+            while ctx.reason is None and (left := end - time.monotonic()) > 0:
+                self._sleepers.wait(left)
+
+    def wake_sleepers(self) -> None:
+        with self._sleepers:
+            self._sleepers.notify_all()
+
+    # The writer
+
+    def settle(self, settled: List[Tuple[TaskContext, str, str]]) -> None:
+        """These attempts are committed. Called by the writer after each commit."""
+        with self._lock:
+            for ctx, status, message in settled:
+                self._live.pop(ctx.task_id, None)
+                self._counts[status] += 1
+                if status == ERROR:
+                    self._note_failure(ctx, message)
+            self._stir()
+
+    def _note_failure(self, ctx: TaskContext, message: str) -> None:
+        if len(self.failures) < FAILURES_KEPT:
+            self.failures.append(Failure(ctx.name, message, ctx.traceback))
+        if ctx.error is not None:
+            self.unreported += 1
+            self.first_error = self.first_error or ctx.error
+        if self.settings.fail_fast and not self.stopping:
+            self.stopping = f"not started: fail_fast, and {ctx.name!r} failed"
+
+    # The end
+
+    def _wind_up(self, failure: Optional[BaseException]) -> Optional[BaseException]:
+        """Steps 3 to 5 of execute(), whatever happened before; returns what the run ends with."""
+        try:
+            if failure is not None and self.writer.error is None and self.writer.opened.is_set():
+                self._drain()
+            self._dismiss()
+            if self.writer.ident is not None:
+                self._end_writer(failure)
+        except BaseException as error:
+            failure = failure or error
+        finally:
+            self.channel.close()
+            try:
+                self.display.stop(self.result())
+            except Exception as error:
+                logger.warning("the progress display failed at its end: %s", _describe(error))
+        return failure
+
+    def _drain(self) -> None:
+        """After a failure of the iterator, or of the caller: let what runs finish, all of it stored."""
+        while self._live and self.writer.error is None:
+            self._cancel_ready()
+            self._heed_signals()
+            with self._lock:
+                self._wake.wait(POLL)
+
+    def _dismiss(self) -> None:
+        with self._lock:
+            self._dismissed = True
+            self._work.notify_all()
+        if self.writer.error is not None:
+            for ctx in list(self._live.values()):
+                ctx.cancel("the writer failed")
+        until = time.monotonic() + (0.5 if self._left else GRACE)
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0))
+
+    def _end_writer(self, failure: Optional[BaseException]) -> None:
+        counts = self._counts
+        clean = failure is None and not self.stopping and not counts[ERROR]
+        status = DONE if clean else CANCELLED if self._signals else ERROR
+        counts[CANCELLED] += self._unsubmitted
+        reason = (self.stopping or "never started") if self._unsubmitted or failure else ""
+        if self.writer.error is None:
+            ended = _MsgRunEnded(status, reason, (counts[DONE], counts[ERROR], counts[CANCELLED], 0))
+            self.channel.put(None, ended)
+        self.channel.close()
+        while self.writer.is_alive():
+            threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
+            self._heed_signals()
+        self._check_writer()
+
+    def result(self) -> RunResult:
+        counts = (self._counts[DONE], self._counts[ERROR], self._counts[CANCELLED], 0)
+        elapsed = time.monotonic() - self.began
+        return RunResult(self.writer.run_id, *counts, elapsed, list(self.failures))
+
+    # Signals. The handler only sets attributes; the calling thread polls them.
+
+    def _take_signals(self) -> Dict[int, Any]:
+        """Install the handler where this thread may; returns the handlers before."""
+        previous: Dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return previous
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            handler = number and signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):  # ignored, as under nohup; or set by C code
+                previous[number] = handler
+                signal.signal(number, self._on_signal)
+        return previous
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self._signals.append(number)
+        self.stopping = self.stopping or "interrupted"
+        if self._pulling:
+            self._pulling = False
+            raise _Interrupted
+
+    def _heed_signals(self) -> None:
+        now = time.monotonic()
+        if len(self._signals) > self._heeded:
+            self._heeded = len(self._signals)
+            name = signal.Signals(self._signals[-1]).name
+            if self._heeded == 1:
+                running = len(self._live) - len(self._ready)
+                logger.warning("%s: nothing new starts; %d running tasks finish (again: leave now)", name, running)
+                self._leave_at = now + GRACE if name != "SIGINT" else None
+            else:
+                self._leave_at = now
+                if self._heeded > 2:
+                    self.writer.hurry.set()
+        if self._leave_at is not None and now >= self._leave_at:
+            self._leave_at = now + 2
+            if self._left:
+                self.writer.hurry.set()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Cancel what runs; whoever sends something from now on is told."""
+        self._left = True
+        with self._lock:
+            live = list(self._live.values())
+        for ctx in live:
+            ctx.cancel("interrupted")
+            ctx.abandoned = True
+            self._cancel(ctx, "interrupted")
+
+    def _deliver(self, result: RunResult) -> None:
+        """Hand the signal to those who handled it before; a caller never sees a normal return."""
+        try:
+            signal.raise_signal(self._signals[0])
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            interrupt.result = result  # type: ignore[attr-defined]
+            raise
+
+
+def run_pipeline(tasks: Any, db_path: Any = "./pipeloom.db", *, worker_fn: Any = None, **options: Any) -> RunResult:
+    """Run `worker_fn(task, context)` for every task, on threads, and store all of it in one SQLite file.
+
+    Blocks until everything is committed. `tasks` is any iterable of any objects, pulled in this thread as
+    workers become free; (db_path, tasks) is understood as well. The options, and what they are if left out:
+
+    workers=None             how many tasks run at once; None is one per CPU, and no more than tasks
+    schema=None              an SQL script, run when the database is opened
+    handlers=None            {message class: function(connection, message)}, run in the writer
+    progress="auto"          or "rich", "ansi", "log", "none", or an object with the methods of Progress
+    check=True               raise PipelineError if a worker raised; False returns the result instead
+    fail_fast=False          the first failure cancels what has not started
+    store_task_status=True   keep the tables task_runs and pipeline_runs
+    wal=True                 False for file systems where WAL does not work
+    busy_timeout=300.0       seconds to wait for another process's lock on the database
+    durable=False            True makes each commit survive a power loss too
+    writer=SQLiteWriter      a subclass of it
+
+    Raises UsageError or UsageTypeError before anything is written, WriterFailed if the database fails
+    during the run, PipelineError, and whatever the iterable raises, after the running tasks have finished.
+    After Ctrl-C it raises KeyboardInterrupt, never returns.
+    """
+    if _is_path(tasks) and not _is_path(db_path):
+        tasks, db_path = db_path, tasks
+    if not _is_path(db_path):
+        raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in run_pipeline(tasks, 'jobs.db')")
+    if _is_path(tasks) or not hasattr(tasks, "__iter__"):
+        raise UsageTypeError(f"tasks={tasks!r}: expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')")
+    if not callable(worker_fn):
+        raise UsageTypeError(f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task")
+    unknown = set(options) - set(_Settings.__dataclass_fields__)
+    if unknown:
+        raise UsageTypeError(
+            f"run_pipeline has no option {', '.join(sorted(unknown))}; it has {', '.join(_Settings.__dataclass_fields__)}"
+        )
+    stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify)
+    _check_tasks(tasks)
+    if _Session.current is not None:  # the command line's, whose options win
+        return _Session.current.run(stage, os.fsdecode(db_path), options)
+    return _Run(stage, os.fsdecode(db_path), _Settings(**options)).execute()
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, bytes, os.PathLike))
+
+
+def _identify(task: Any) -> Tuple[Optional[int], Optional[str]]:
+    """The id and the name that a task has of itself, if any."""
+    if isinstance(task, (str, int, float, os.PathLike)):
+        return None, os.fspath(task) if isinstance(task, os.PathLike) else str(task)
+    if isinstance(task, Mapping):
+        return task.get("task_id"), task.get("name")
+    return getattr(task, "task_id", None), getattr(task, "name", None)
+
+
+def _check_tasks(tasks: Any) -> None:
+    """Find bad and double ids of known tasks before anything is written."""
+    if not isinstance(tasks, Sequence) or isinstance(tasks, range):
+        return
+    seen: Dict[int, Any] = {}
+    for task in tasks:
+        given, _ = _identify(task)
+        if given is not None and _task_id(given) in seen:
+            raise UsageError(f"task_id {given} is given twice: {seen[given]!r} and {task!r}; give each its own")
+        seen[given] = task
+
+
+# ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
+
+COUNT_BY_STATUS = "SELECT status, count(*) FROM task_runs GROUP BY status"
+LAST_RUN = "SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1"
+LATEST_TASKS = "SELECT * FROM task_runs {} ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
+
+
+def read_status(db_path: str, limit: int = 20, failed: bool = False) -> Dict[str, Any]:
+    """The counts, the last run and the latest tasks of a database, as plain values. Any thread may call it.
+
+    Raises DatabaseError if there is no such database, and does not create it.
+    """
+    if not os.path.isfile(db_path):
+        raise DatabaseError(db_path, "does not exist", "name the file that a run has made, with --db")
+    conn = _connect_readonly(db_path)
+    conn.row_factory = sqlite3.Row
+    try:
+        counts = dict(conn.execute(COUNT_BY_STATUS).fetchall())
+        where = "WHERE status IN ('error', 'cancelled')" if failed else ""
+        tasks = [dict(row) for row in conn.execute(LATEST_TASKS.format(where), (limit,))]
+        has_runs = conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone()
+        last = conn.execute(LAST_RUN).fetchone() if has_runs else None
+        return {"database": db_path, "counts": counts, "run": dict(last) if last else None, "tasks": tasks}
+    except sqlite3.Error as error:
+        raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
+    finally:
+        conn.close()
+
+
+def _status_text(status: Dict[str, Any]) -> str:
+    lines = []
+    if status["tasks"]:
+        lines.append(f"{'id':>6} {'status':<10} {'progress':>8}  {'name':<28} message")
+    for task in status["tasks"]:
+        name, message = _fit(task["name"], 28), (task["message"] or "").split("\n")[0]
+        line = f"{task['id']:>6} {task['status']:<10} {task['progress'] or 0:>8.0%}  {name} {_fit(message, 100)}"
+        lines.append(line.rstrip())
+    counts = status["counts"]
+    known = [f"{counts[s]:,} {s}" for s in (QUEUED, RUNNING, *FINAL) if counts.get(s)]
+    lines.append(", ".join(known) or "no tasks")
+    run = status["run"]
+    if run:
+        ended = f", ended {run['finished_at']}" if run["finished_at"] else f" as process {run['pid']} on {run['host']}"
+        lines.append(f"last run: {run['status']}, started {run['started_at']}{ended}")
+    return "\n".join(lines)
+
+
+# ---- Demo: tasks that only sleep, to see the bars and the database -------------------------------------
+
+
+def demo_worker(task: Task, q: Any) -> None:
+    """Take `task.steps` short steps, in the message style. A task whose name ends in "!" fails half-way."""
+    q.put(MsgTaskStarted(task.task_id, task.name, _now()))
+    for step in range(1, task.steps + 1):
+        time.sleep(0.02 + 0.003 * (task.task_id * step % 7))
+        q.put(MsgTaskProgress(task.task_id, step, task.steps, f"step {step}/{task.steps}"))
+        if task.name.endswith("!") and step * 2 >= task.steps:
+            raise RuntimeError("this task was asked to fail")
+    q.put(MsgTaskFinished(task.task_id, DONE, _now(), result=f"ok:{task.name}", message="completed"))
+
+
+def _demo_tasks(number: int, failing: int) -> List[Task]:
+    names = [f"task-{id}{'!' if id <= failing else ''}" for id in range(1, number + 1)]
+    return [Task(id, name, steps=10 + 7 * id % 21) for id, name in enumerate(names, 1)]
+
+
+# ---- Command line: data to stdout, everything else to stderr -------------------------------------------
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 130 Ctrl-C."""
+    args = _parser().parse_args(argv)
+    setup_logging(getattr(args, "verbose", 0), getattr(args, "log_file", None))
+    terminated = {
+        number: signal.signal(number, _exit_by_signal)
+        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        if number and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) == signal.SIG_DFL
+    }  # fmt: skip
+    try:
+        code: int = args.command(args)
+        return code
+    except (PipeloomError, ImportError) as error:
+        print(f"pipeloom: {error}", file=sys.stderr)
+        return 1 if isinstance(error, PipelineError) else 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head`: stdout is gone, and flushing it at exit would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    finally:
+        for number in terminated:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit_by_signal(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__name__}",
+        description="Run many tasks at once, store what they make in one SQLite file, watch them live.",
+    )
+    parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable[[Any], int], text: str, db: str = "./pipeloom.db") -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        sub.add_argument("--db", default=db, metavar="FILE", help="the database (default: %(default)s)")
+        return sub
+
+    whole = _number_from(1)
+    demo = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
+    demo.add_argument("-n", "--num-tasks", type=whole, default=20, metavar="N", help="how many (default: 20)")
+    demo.add_argument("--no-wal", action="store_true", help="use SQLite's rollback journal")
+    demo.add_argument("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
+    run = command("run", _cmd_run, "Run a function of yours, or a file of yours.", "")
+    run.add_argument("target", metavar="TARGET", help="package.module:name, file.py:name, or file.py (its main)")
+    run.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
+    run.add_argument("--dry-run", action="store_true", help="print the names of the tasks and run none")
+    run.add_argument("--fail-fast", action="store_true", default=None, help="stop starting at the first failure")
+    run.add_argument("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
+    for sub in (demo, run):
+        sub.add_argument("-w", "--workers", type=whole, metavar="N", help="how many tasks run at once")
+        sub.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
+        sub.add_argument("-l", "--log-file", metavar="FILE", help="log to this file, too")
+    status = command("status", _cmd_status, "Show how the tasks of a database fare, also while they run.")
+    status.add_argument("-n", "--limit", type=whole, default=20, metavar="N", help="how many tasks (default: 20)")
+    status.add_argument("--failed", action="store_true", help="only tasks that failed or were cancelled")
+    status.add_argument("--watch", action="store_true", help="again every second, until the run has ended")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    command("init-db", _cmd_init_db, "Create the tables, or complete those of an older pipeloom.")
+    return parser
+
+
+def _number_from(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        import argparse
+
+        if not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
+        return int(text)
+
+    return number
+
+
+def _cmd_demo(args: Any) -> int:
+    tasks = _demo_tasks(args.num_tasks, args.fail)
+    workers = args.workers or min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
+    session = _Session({"check": False})
+    with session:
+        run_pipeline(tasks, args.db, workers=workers, wal=not args.no_wal, worker_fn=demo_worker)
+    return session.report()
+
+
+def _cmd_run(args: Any) -> int:
+    given = {name: getattr(args, name) for name in ("workers", "fail_fast", "progress")}
+    options = {name: value for name, value in given.items() if value is not None}
+    arguments = dict(_argument(text) for text in args.arg)
+    function = _load_target(args.target)
+    session = _Session(options, args.db or None, args.dry_run)
+    with session:
+        value = function(**arguments)
+    code = session.report()
+    return code if code or type(value) is not int else value
+
+
+def _argument(text: str) -> Tuple[str, Any]:
+    """KEY=VALUE, where a value that reads as a number, true or false is one."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"--arg {text!r}: expected KEY=VALUE, as in --arg folder=incoming")
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def _load_target(target: str) -> Any:
+    """The function that TARGET names."""
+    from importlib import import_module
+
+    place, _, name = target.rpartition(":") if ":" in target[2:] else (target, "", "")
+    if not place or (not name and not place.endswith(".py")):
+        raise UsageError(f"target {target!r}: expected package.module:name, file.py:name or file.py")
+    if place.endswith(".py"):
+        if not os.path.isfile(place):
+            raise UsageError(f"target {target!r}: there is no file {place!r}; name an existing one")
+        sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
+        place = os.path.basename(place)[:-3]
+    else:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = import_module(place)
+    except ImportError as error:
+        raise UsageError(f"target {target!r} cannot be imported: {error}; check its name and its imports") from error
+    for part in (name or "main").split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"target {target!r}: {place!r} has no {part!r}; name a function of it, as {place}:name")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"target {target!r} is {found!r}, which cannot be called; name a function")
+    return found
+
+
+class _Session:
+    """What the command line adds to the runs that a program starts: options that win, and a summary."""
+
+    current: Optional[_Session] = None
+
+    def __init__(self, options: Dict[str, Any], db_path: Optional[str] = None, dry_run: bool = False) -> None:
+        self.options = options
+        self.db_path = db_path
+        self.dry_run = dry_run
+        self.runs: List[Tuple[str, RunResult]] = []
+
+    def __enter__(self) -> None:
+        _Session.current = self
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
+        _Session.current = None
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self.report()
+        return isinstance(error, PipelineError)  # the summary says it better
+
+    def run(self, stage: _Stage, path: str, options: Dict[str, Any]) -> RunResult:
+        """What run_pipeline does in this session."""
+        path, options = self.db_path or path, {**options, **self.options}
+        if self.dry_run:
+            for number, item in enumerate(stage.items, 1):
+                print(stage.identify(item)[1] or f"task-{number}")
+            return RunResult(None, 0, 0, 0, 0, 0.0)
+        run = _Run(stage, path, _Settings(**options))
+        try:
+            return run.execute()
+        finally:
+            self.runs.append((path, run.result()))
+
+    def report(self) -> int:
+        """Print the summary of each run to stderr; returns the exit code."""
+        for path, result in self.runs:
+            print(_summary(path, result), file=sys.stderr)
+        return 0 if all(result.ok for _, result in self.runs) else 1
+
+
+def _summary(path: str, result: RunResult) -> str:
+    counts = [(result.done, DONE), (result.skipped, "skipped"), (result.error, "failed"), (result.cancelled, CANCELLED)]
+    parts = [f"{n:,} {word}" for n, word in counts if n or word == DONE]
+    lines = [f"{', '.join(parts)} in {result.elapsed:.1f} s; database {path}"]
+    causes: Dict[str, List[str]] = {}
+    for failure in result.failures:
+        causes.setdefault(failure.message, []).append(failure.task)
+    for cause, tasks in sorted(causes.items(), key=lambda item: -len(item[1]))[:10]:
+        more = f" and {len(tasks) - 1:,} more" if len(tasks) > 1 else ""
+        lines.append(f"  {_fit(cause, 100).rstrip()}: {_fit(tasks[0], NAME_WIDTH).rstrip()}{more}")
+    return "\n".join(lines)
+
+
+def _cmd_status(args: Any) -> int:
+    import json
+
+    while True:
+        status = read_status(args.db, args.limit, args.failed)
+        if args.watch and not args.json and _is_terminal(sys.stdout):
+            sys.stdout.write("\x1b[H\x1b[2J")
+        print(json.dumps(status) if args.json else _status_text(status), flush=True)
+        if not args.watch or not (status["run"] and status["run"]["status"] == RUNNING):
+            return 0
+        time.sleep(1)
+
+
+def _cmd_init_db(args: Any) -> int:
+    _check_database(args.db)
+    conn = connect(args.db)
+    try:
+        init_schema(conn, store_task_status=True)
+    finally:
+        conn.close()
+    print(f"database {args.db} has the tables task_runs and pipeline_runs", file=sys.stderr)
+    return 0
+
+
+# ---- Guard: one copy of every class, under every name by which this file is known ----------------------
+
+_PLACES = ("messages", "engine", "writer", "progress", "db", "rlog", "demo")  # modules of the original
+if __name__ != "__main__":
+    for _place in _PLACES:
+        sys.modules.setdefault(f"{__name__}.{_place}", sys.modules[__name__])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "console":
+        return _rich_console() or _PlainConsole()
+    if name == "Msg":
+        from typing import Union
+
+        return Union[MsgTaskStarted, MsgTaskProgress, MsgTaskFinished, MsgExecute]
+    if name in _PLACES:
+        return sys.modules[__name__]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    # `__main__` is a second copy of this file, whose classes the tasks' own `import pipeloom` would not
+    # know: hand over to the real module.
+    from importlib import import_module
+
+    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    sys.exit(import_module(_name).main())
