@@ -50,10 +50,9 @@ import sqlite3
 import sys
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import chain, count, islice
 from operator import attrgetter, index
@@ -62,10 +61,12 @@ from unicodedata import category, east_asian_width
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
-    from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
+    from typing import Any, Callable, Iterable, Iterator, NoReturn, Optional, Tuple, Union
 
     Handler = Callable[[sqlite3.Connection, Any], object]
     Item = Tuple[Optional["TaskContext"], Any]  # what travels on the channel: who sent it, the message
+    Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
+    console: Any
 
 # ---- Vocabulary and errors: the words that the code, the database and the messages to you use ----------
 #
@@ -182,7 +183,7 @@ class MsgTaskFinished:
     task_id: int
     status: str
     finished_at: str
-    result: Optional[str] = None
+    result: str | None = None
     message: str = ""
 
 
@@ -201,7 +202,17 @@ SENTINEL = object()  # asks a writer to commit what it has and stop; known by id
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat()
+    """ISO 8601 text in UTC; most of it is the same for a whole second, and kept."""
+    global _second
+    now = time.time()
+    second, text = _second
+    if int(now) != second:
+        text = datetime.fromtimestamp(int(now), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+        _second = int(now), text
+    return f"{text}.{int(now % 1 * 1e6):06d}+00:00"
+
+
+_second = (0, "")
 
 
 def _describe(error: BaseException) -> str:
@@ -219,7 +230,7 @@ def _text(value: object) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _result_text(value: object) -> Optional[str]:
+def _result_text(value: object) -> str | None:
     """A task's result as it is stored: text as it is, anything else as JSON."""
     if value is None or isinstance(value, str):
         return value if value is None else _text(value)
@@ -251,6 +262,14 @@ def _checked_started(m: MsgTaskStarted) -> MsgTaskStarted:
 
 def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
     """Clamp what is plain (a step beyond its total, a total that is unknown); refuse what is no number."""
+    if (
+        type(m.step) is type(m.total) is type(m.task_id) is int
+        and 0 <= m.step <= m.total < 2**53
+        and -(2**63) <= m.task_id < 2**63
+        and type(m.message) is str
+        and m.message.isascii()
+    ):
+        return m  # as nearly all are, and there may be millions
     try:
         step, total = float(m.step), float(m.total or 0)
     except (TypeError, ValueError, OverflowError):
@@ -268,7 +287,11 @@ def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
     if m.status not in FINAL:
         raise MessageRefused(f"status {m.status!r} is unknown: expected 'done', 'error' or 'cancelled'")
     return MsgTaskFinished(
-        _task_id(m.task_id), str(m.status), _time_text(m.finished_at), _result_text(m.result), _text(m.message)
+        _task_id(m.task_id),
+        str(m.status),
+        _time_text(m.finished_at),
+        _result_text(m.result),
+        _text(m.message),
     )
 
 
@@ -285,11 +308,11 @@ def _row(params: Any) -> Any:
     return dict(params) if isinstance(params, Mapping) else tuple(params)
 
 
-def _rows(rows: Iterable[Any]) -> List[Any]:
+def _rows(rows: Iterable[Any]) -> list[Any]:
     return [_row(row) for row in rows]
 
 
-CHECKS: Dict[type, Callable[[Any], Any]] = {
+CHECKS: dict[type, Callable[[Any], Any]] = {
     MsgTaskStarted: _checked_started,
     MsgTaskProgress: _checked_progress,
     MsgTaskFinished: _checked_finished,
@@ -320,8 +343,9 @@ CREATE_TASKS = "CREATE TABLE IF NOT EXISTS task_runs({})".format(
 CREATE_RUNS = """CREATE TABLE IF NOT EXISTS pipeline_runs(
     id INTEGER PRIMARY KEY, started_at TEXT, finished_at TEXT, status TEXT, host TEXT, pid INTEGER,
     version TEXT, done INTEGER, error INTEGER, cancelled INTEGER, skipped INTEGER)"""
-# What one transaction changes is staged, then merged in two statements whatever its size. No UPSERT, which
-# SQLite has only from 3.24, and no REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
+INSERT_TASKS = f"INSERT INTO task_runs({_NAMES}) VALUES "
+# Rows that may be there already are staged, then merged in two statements whatever their number. No UPSERT,
+# which SQLite has only from 3.24, and no REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
 CREATE_STAGING = f"CREATE TEMP TABLE IF NOT EXISTS staged(id INTEGER PRIMARY KEY, {_OTHERS})"
 STAGE = f"INSERT INTO temp.staged({_NAMES}) VALUES "
 MERGE = (
@@ -378,9 +402,9 @@ def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
     return _open(db_path, wal=wal, timeout=60.0, isolation_level="")
 
 
-def _open(db_path: object, *, wal: bool, timeout: float, isolation_level: Optional[str]) -> sqlite3.Connection:
+def _open(db_path: object, *, wal: bool, timeout: float, isolation_level: str | None) -> sqlite3.Connection:
     path = os.fspath(db_path)  # type: ignore[call-overload]
-    conn = sqlite3.connect(path, timeout=timeout, isolation_level=isolation_level)
+    conn = sqlite3.connect(path, timeout=timeout, isolation_level=isolation_level)  # type: ignore[arg-type]
     try:
         wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
         got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
@@ -401,7 +425,14 @@ def _connect_readonly(db_path: str, timeout: float = 5.0) -> sqlite3.Connection:
 
     path = quote(os.path.abspath(db_path).replace(os.sep, "/"))
     uri = f"file:{path if path.startswith('/') else '/' + path}?mode=ro"
-    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, factory=_Reader)
+
+
+class _Reader(sqlite3.Connection):
+    """A connection whose `with` block closes it."""
+
+    def __exit__(self, *_: Any) -> Any:
+        self.close()
 
 
 def init_schema(conn: sqlite3.Connection, *, store_task_status: bool) -> None:
@@ -419,7 +450,7 @@ def init_schema(conn: sqlite3.Connection, *, store_task_status: bool) -> None:
         conn.commit()  # the caller's connection is one that opens transactions by itself
 
 
-def _missing_columns(conn: sqlite3.Connection) -> List[str]:
+def _missing_columns(conn: sqlite3.Connection) -> list[str]:
     """Which columns a task_runs table lacks; none where there is no such table."""
     found = {row[1] for row in conn.execute("PRAGMA table_info(task_runs)")}
     missing = [name for name in COLUMNS if found and name not in found]
@@ -500,14 +531,14 @@ class Channel:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._mail = threading.Condition(self._lock)
-        self._items: List[Item] = []
+        self._items: list[Item] = []
         self._weight = 0  # rows count, not only messages: what waits here stays small
         self._limit = limit
         self._reader_waits = False
         self._closed = False
-        self.failure: Optional[BaseException] = None
+        self.failure: BaseException | None = None
 
-    def put(self, sender: Optional[TaskContext], message: Any, weight: int = 1, last: bool = False) -> bool:
+    def put(self, sender: TaskContext | None, message: Any, weight: int = 1, last: bool = False) -> bool:
         """Hand over a message, waiting while the channel is full; False if the sender is closed.
 
         `last` closes the sender with this message, in one step: whoever comes first (the worker, its
@@ -529,7 +560,7 @@ class Channel:
                 self._mail.notify()
         return True
 
-    def drain(self) -> Optional[List[Item]]:
+    def drain(self) -> list[Item] | None:
         """Everything there is, waiting for the first message; None at the end."""
         with self._lock:
             while not self._items:
@@ -565,11 +596,11 @@ class _QueueChannel:
         self._taken = 0
         self._ended = False
 
-    def drain(self) -> Optional[List[Item]]:
+    def drain(self) -> list[Item] | None:
         for _ in range(self._taken):
             self._source.task_done()  # only now: what was drained before is committed, or refused
         self._taken = 0
-        items: List[Item] = []
+        items: list[Item] = []
         while len(items) < self._limit and not self._ended:
             try:
                 message = self._source.get(block=not items)
@@ -604,7 +635,7 @@ INSERT_VALUES = re.compile(
 class _MsgQueued:
     """The engine's: these tasks (id, name) are known and wait."""
 
-    tasks: Sequence[Tuple[int, str]]
+    tasks: Sequence[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -613,7 +644,7 @@ class _MsgRunEnded:
 
     status: str
     reason: str
-    counts: Tuple[int, int, int, int]  # done, error, cancelled, skipped
+    counts: tuple[int, int, int, int]  # done, error, cancelled, skipped
 
 
 class _TaskRow:
@@ -628,12 +659,12 @@ class _TaskRow:
         status: str,
         progress: float = 0.0,
         message: str = "",
-        started_at: Optional[str] = None,
-        finished_at: Optional[str] = None,
-        result: Optional[str] = None,
-        attempts: Optional[int] = 0,
-        run_id: Optional[int] = None,
-        traceback: Optional[str] = None,
+        started_at: str | None = None,
+        finished_at: str | None = None,
+        result: str | None = None,
+        attempts: int | None = 0,
+        run_id: int | None = None,
+        traceback: str | None = None,
     ) -> None:
         self.id, self.name, self.status, self.progress, self.message = id, name, status, progress, message
         self.started_at, self.finished_at, self.result = started_at, finished_at, result
@@ -660,9 +691,9 @@ class SQLiteWriter(threading.Thread):
         wal: bool = True,
         store_task_status: bool = True,
         task_progress: Any = None,
-        task_bar_map: Optional[Mapping[int, Any]] = None,
-        schema: Optional[str] = None,
-        handlers: Optional[Mapping[type, Handler]] = None,
+        task_bar_map: Mapping[int, Any] | None = None,
+        schema: str | None = None,
+        handlers: Mapping[type, Handler] | None = None,
         busy_timeout: float = 300.0,
         durable: bool = False,
     ) -> None:
@@ -675,24 +706,25 @@ class SQLiteWriter(threading.Thread):
         self.durable = durable
         self.busy_timeout = busy_timeout
         self.display: Any = _TaskBars(task_progress, task_bar_map or {}) if task_progress else None
-        self.run_of: Optional[_Run] = None  # the engine whose writer this is
-        self.run_id: Optional[int] = None
-        self.last_id = 0  # the highest id in task_runs when the database was opened
+        self.run_of: _Run | None = None  # the engine whose writer this is
+        self.run_id: int | None = None
+        self.last_id = -(2**63)  # the highest id that is committed in task_runs: what is above it is new
         self.conn: sqlite3.Connection = None  # type: ignore[assignment]
-        self.error: Optional[BaseException] = None
+        self.error: BaseException | None = None
         self.opened = threading.Event()  # set once the database is open, or `error` says why not
         self.hurry = threading.Event()  # set to end every wait for a lock or a disk at once
         self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
         self._ours = False  # a transaction statement is the writer's own; see _authorize
-        self._rolled_back = False  # a handler said ROLLBACK
-        self._rows: Dict[int, _TaskRow] = {}  # committed rows of tasks that run
+        self._rows: dict[int, _TaskRow] = {}  # committed rows of tasks that run
         self._forget_transaction()
-        self._sender: Optional[TaskContext] = None  # of the message being handled
-        self._apply_by_type: Dict[type, Callable[[Any], object]] = {
+        self._sender: TaskContext | None = None  # of the message being handled
+        self._apply_by_type: dict[type, Callable[[Any], object]] = {
             MsgTaskStarted: self._on_started,
             MsgTaskProgress: self._on_progress,
             MsgTaskFinished: self._on_finished,
             MsgExecute: self._on_execute,
+        }
+        self._engine_messages: dict[type, Callable[[Any], object]] = {
             _MsgQueued: self._on_queued,
             _MsgRunEnded: self._on_run_ended,
         }
@@ -719,6 +751,7 @@ class SQLiteWriter(threading.Thread):
     def run(self) -> None:
         """The thread's life: open, commit batch after batch, close."""
         try:
+            _check_database(self.db_path)
             self._patiently(self._open)
             self.opened.set()
             while True:
@@ -740,7 +773,7 @@ class SQLiteWriter(threading.Thread):
                     logger.error("%s", self.error)
                 self._channel.fail(self.error)
 
-    def join(self, timeout: Optional[float] = None) -> None:
+    def join(self, timeout: float | None = None) -> None:
         """Wait for the end, `timeout` seconds at most; raises what made the writer fail."""
         super().join(timeout)
         if self.error is not None and not self.is_alive():
@@ -751,7 +784,9 @@ class SQLiteWriter(threading.Thread):
             return error
         if not self.opened.is_set() and isinstance(error, sqlite3.Error):
             return DatabaseError(self.db_path, f"cannot be used: {error}", "restore it or use another file")
-        failure = WriterFailed(self.db_path, _describe(error), "mend the cause and run again with resume=True")
+        failure = WriterFailed(
+            self.db_path, _describe(error), "mend the cause and run again with resume=True"
+        )
         failure.__cause__ = error
         return failure
 
@@ -779,7 +814,8 @@ class SQLiteWriter(threading.Thread):
         self._run_schema()
         if self.store:
             self.conn.execute(CREATE_STAGING)
-            self.last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0] or 0
+            last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0]
+            self.last_id = self.last_id if last_id is None else last_id
             if self.run_of is not None:
                 self._start_run()
         self._own(COMMIT)
@@ -797,19 +833,18 @@ class SQLiteWriter(threading.Thread):
         import socket
 
         if self.conn.execute("SELECT 1 FROM pipeline_runs WHERE status = 'running'").fetchone() or (
-            self.last_id and not self.conn.execute("SELECT 1 FROM pipeline_runs").fetchone()
+            not self.conn.execute("SELECT 1 FROM pipeline_runs").fetchone()  # the original's, perhaps
         ):
             for statement in MARK_INTERRUPTED:
                 self.conn.execute(statement, (_now(),))
         row = (_now(), socket.gethostname(), os.getpid(), __version__)
         self.run_id = self.conn.execute(START_RUN, row).lastrowid
 
-    def _authorize(self, action: int, what: Optional[str], *_: object) -> int:
+    def _authorize(self, action: int, what: str | None, *_: object) -> int:
         """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
-        if action == sqlite3.SQLITE_TRANSACTION and not self._ours:
-            self._rolled_back = self._rolled_back or what == "ROLLBACK"
-            return sqlite3.SQLITE_IGNORE
-        return sqlite3.SQLITE_OK
+        if action != sqlite3.SQLITE_TRANSACTION or self._ours:
+            return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY if what == "ROLLBACK" else sqlite3.SQLITE_IGNORE
 
     def _own(self, statement: str) -> None:
         self._ours = True
@@ -820,12 +855,15 @@ class SQLiteWriter(threading.Thread):
 
     # One batch, one transaction: first as a whole, then, if a message is bad, message by message.
 
-    def _store(self, batch: List[Item]) -> None:
+    def _store(self, batch: list[Item]) -> None:
+        bad = False
         try:
             self._patiently(self._transaction, batch, self._apply)
         except WriterFailed:
             raise
         except Exception:
+            bad = True
+        if bad:
             self._patiently(self._transaction, batch, self._apply_alone)
         self._acknowledge()
 
@@ -862,7 +900,7 @@ class SQLiteWriter(threading.Thread):
             self.db_path, f"{error}, still after {waited:.1f} s", f"{cure}, then run again with resume=True"
         )
 
-    def _transaction(self, batch: List[Item], apply: Callable[[Optional[TaskContext], Any], None]) -> None:
+    def _transaction(self, batch: list[Item], apply: Callable[[TaskContext | None, Any], None]) -> None:
         # 1. Forget what an earlier try of this batch meant to do.
         self._forget_transaction()
         # 2. Apply every message: rows of the user's own now, task rows in memory.
@@ -875,14 +913,13 @@ class SQLiteWriter(threading.Thread):
         self._own(COMMIT)
 
     def _forget_transaction(self) -> None:
-        self._pending: Dict[int, _TaskRow] = {}  # task rows that this transaction writes
-        self._news: Dict[Tuple[int, type], Any] = {}  # what the display is told after the commit
-        self._settled: List[Tuple[TaskContext, str, str]] = []  # and the engine: context, status, message
-        self._rejected: Dict[TaskContext, BaseException] = {}
+        self._pending: dict[int, _TaskRow] = {}  # task rows that this transaction writes
+        self._news: dict[tuple[int, type], Any] = {}  # what the display is told after the commit
+        self._settled: list[tuple[TaskContext, str, str]] = []  # and the engine: context, status, message
+        self._rejected: dict[TaskContext, BaseException] = {}
 
-    def _apply(self, sender: Optional[TaskContext], message: Any) -> None:
+    def _apply(self, sender: TaskContext | None, message: Any) -> None:
         self._sender = sender
-        self._rolled_back = False
         if sender is not None:
             if sender.rejected or sender in self._rejected:
                 return  # a message of this attempt was bad, and that has ended it
@@ -892,11 +929,12 @@ class SQLiteWriter(threading.Thread):
             elif type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
                 for held in sender.held:
                     self.handle(held)
-        self.handle(message)
-        if self._rolled_back:
-            raise MessageRefused("a handler rolled back; raise an exception instead, which fails its task only")
+        if type(message) in self._engine_messages:
+            self._engine_messages[type(message)](message)
+        else:
+            self.handle(message)
 
-    def _apply_alone(self, sender: Optional[TaskContext], message: Any) -> None:
+    def _apply_alone(self, sender: TaskContext | None, message: Any) -> None:
         self.conn.execute("SAVEPOINT message")
         try:
             self._apply(sender, message)
@@ -904,10 +942,10 @@ class SQLiteWriter(threading.Thread):
             if _is_passing(error) or not self.conn.in_transaction:
                 raise  # no message's fault: the whole batch again
             self.conn.execute("ROLLBACK TO message")
-            self._reject(sender, message, error)
+            self._reject(sender, message, _reason(error))
         self.conn.execute("RELEASE message")
 
-    def _reject(self, sender: Optional[TaskContext], message: Any, error: Exception) -> None:
+    def _reject(self, sender: TaskContext | None, message: Any, error: Exception) -> None:
         if sender is None:
             logger.error("message refused: %s, in %.200r", _describe(error), message)
             return
@@ -923,6 +961,7 @@ class SQLiteWriter(threading.Thread):
                 self._rows[id] = row
             else:
                 self._rows.pop(id, None)
+        self.last_id = max(self.last_id, max(self._pending, default=self.last_id))
         for sender, error in self._rejected.items():
             sender.rejected = sender.closed = True
             sender.cancel(f"refused: {_describe(error)}")
@@ -957,34 +996,45 @@ class SQLiteWriter(threading.Thread):
                 return self._apply_by_type[kind]
         raise _unknown(kind)
 
-    def _row(self, message: Any) -> _TaskRow:
-        """The row of a message's task: as this transaction has it, as a commit left it, or a new one."""
+    def _row(self, message: Any) -> _TaskRow | None:
+        """The row of a message's task, as this transaction has it or as a commit left it."""
         id = message.task_id
         row = self._pending.get(id)
         if row is None:
             known = self._rows.get(id)
             found = None if known is None else _row_values(known)
-            if found is None and self.store and not (self._sender and self._sender.owns(message)):
+            if found is None and id <= self.last_id and self.store and self._own_sender(message) is None:
                 found = self.conn.execute(LOAD_TASK, (id,)).fetchone()
-            name = getattr(message, "name", None) or (self._sender.name if self._sender else f"task-{id}")
-            row = self._pending[id] = _TaskRow(*found) if found else _TaskRow(id, name, QUEUED)
+            if found is not None:
+                row = self._pending[id] = _TaskRow(*found)
         return row
 
-    def _own_sender(self, message: Any) -> Optional[TaskContext]:
+    def _row_or_new(self, message: Any) -> _TaskRow:
+        """The same; one that was never started gets a row all the same."""
+        row, id = self._row(message), message.task_id
+        if row is None:
+            row = self._pending[id] = _TaskRow(
+                id, self._sender.name if self._sender else f"task-{id}", QUEUED
+            )
+        return row
+
+    def _own_sender(self, message: Any) -> TaskContext | None:
         """The attempt that a message is about, if its own worker sent it."""
         return self._sender if self._sender and self._sender.owns(message) else None
 
     def _on_started(self, m: MsgTaskStarted) -> None:
         sender, row = self._own_sender(m), self._row(m)
-        if sender is None or row.status != RUNNING:  # else the worker repeats what the engine has said
-            attempts = sender.attempt if sender else (row.attempts or 0) + 1
-            row = _TaskRow(m.task_id, m.name, RUNNING, attempts=attempts, run_id=self.run_id)
-            self._pending[m.task_id] = row
-        row.name, row.started_at = m.name, m.started_at
+        if row is not None and sender is not None and row.status == RUNNING:
+            row.name, row.started_at = m.name, m.started_at  # the worker repeats what the engine has said
+        else:
+            attempts = sender.attempt if sender else (row.attempts or 0) + 1 if row else 1
+            self._pending[m.task_id] = _TaskRow(
+                m.task_id, m.name, RUNNING, 0.0, "", m.started_at, None, None, attempts, self.run_id
+            )
         self._news[m.task_id, MsgTaskStarted] = m
 
     def _on_progress(self, m: MsgTaskProgress) -> None:
-        row = self._row(m)
+        row = self._row_or_new(m)
         if row.status in FINAL:
             return  # late: the task's finish counts
         row.status = RUNNING
@@ -994,7 +1044,7 @@ class SQLiteWriter(threading.Thread):
         self._news[m.task_id, MsgTaskProgress] = m
 
     def _on_finished(self, m: MsgTaskFinished) -> None:
-        sender, row = self._own_sender(m), self._row(m)
+        sender, row = self._own_sender(m), self._row_or_new(m)
         if row.status in FINAL:
             return  # the first finish counts
         row.status, row.finished_at, row.result, row.message = m.status, m.finished_at, m.result, m.message
@@ -1007,7 +1057,9 @@ class SQLiteWriter(threading.Thread):
         row.traceback = sender.traceback
         if m.status == ERROR and sender.may_retry():
             row.status = QUEUED
-            self._news[m.task_id, MsgTaskProgress] = MsgTaskProgress(m.task_id, 0, 0, f"to retry: {m.message}")
+            self._news[m.task_id, MsgTaskProgress] = MsgTaskProgress(
+                m.task_id, 0, 0, f"to retry: {m.message}"
+            )
         else:
             self._news[m.task_id, MsgTaskFinished] = m
         self._settled.append((sender, row.status, m.message))
@@ -1018,7 +1070,7 @@ class SQLiteWriter(threading.Thread):
         else:
             self._execute_many(m.sql, m.params)
 
-    def _execute_many(self, sql: str, rows: List[Any]) -> None:
+    def _execute_many(self, sql: str, rows: list[Any]) -> None:
         """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
         match = INSERT_VALUES.match(sql)
         width = sql.count("?")
@@ -1027,7 +1079,7 @@ class SQLiteWriter(threading.Thread):
         else:
             self.conn.executemany(sql, rows)
 
-    def _insert(self, head: str, row: str, tail: str, width: int, rows: List[Any]) -> None:
+    def _insert(self, head: str, row: str, tail: str, width: int, rows: list[Any]) -> None:
         size = max(1, VARIABLES // width)
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
@@ -1035,10 +1087,14 @@ class SQLiteWriter(threading.Thread):
             self.conn.execute(sql, list(chain.from_iterable(chunk)))
 
     def _write_task_rows(self) -> None:
-        rows = [_row_values(row) for row in self._pending.values()]
-        self._insert(STAGE, f"({', '.join('?' * len(COLUMNS))})", "", len(COLUMNS), rows)
-        for statement in MERGE:
-            self.conn.execute(statement)
+        marks = f"({', '.join('?' * len(COLUMNS))})"
+        new = [_row_values(row) for id, row in self._pending.items() if id > self.last_id]
+        self._insert(INSERT_TASKS, marks, "", len(COLUMNS), new)
+        if len(new) < len(self._pending):
+            old = [_row_values(row) for id, row in self._pending.items() if id <= self.last_id]
+            self._insert(STAGE, marks, "", len(COLUMNS), old)
+            for statement in MERGE:
+                self.conn.execute(statement)
 
     def _on_queued(self, m: _MsgQueued) -> None:
         for id, name in m.tasks:
@@ -1052,6 +1108,15 @@ class SQLiteWriter(threading.Thread):
             self._pending.clear()
             self.conn.execute(CANCEL_QUEUED, (m.reason, _now(), self.run_id))
         self.conn.execute(FINISH_RUN, (_now(), m.status, *m.counts, self.run_id))
+
+
+def _reason(error: Exception) -> Exception:
+    """What a task failed for: where a handler rolled back, the exception for which it did."""
+    if str(error) != "not authorized":
+        return error
+    if isinstance(error.__context__, Exception):
+        return error.__context__
+    return MessageRefused("a handler rolled back; raise an exception instead, which fails its task only")
 
 
 def _unknown(kind: type) -> MessageRefused:
@@ -1075,7 +1140,7 @@ class Progress:
     display that raises is switched off; one that blocks holds up the writer.
     """
 
-    def start(self, total: Optional[int]) -> None:
+    def start(self, total: int | None) -> None:
         """The run begins; `total` tasks where that is known."""
 
     def update(self, message: Any) -> None:
@@ -1090,10 +1155,10 @@ class _Bar:
 
     __slots__ = ("completed", "name", "text", "total")
 
-    def __init__(self, name: str, total: Optional[float] = None, completed: float = 0, text: str = "") -> None:
+    def __init__(self, name: str, total: float | None = None, completed: float = 0, text: str = "") -> None:
         self.name, self.total, self.completed, self.text = name, total, completed, text
 
-    def fraction(self) -> Optional[float]:
+    def fraction(self) -> float | None:
         """0..1, or None where the total is not known."""
         return min(max(self.completed / self.total, 0.0), 1.0) if self.total else None
 
@@ -1108,14 +1173,14 @@ class _Board(Progress):
 
     def __init__(self, stream: Any = None) -> None:
         self.stream = stream or sys.stderr
-        self.total: Optional[int] = None
+        self.total: int | None = None
         self.counts = dict.fromkeys((*FINAL, "skipped"), 0)
-        self.running: Dict[int, _Bar] = {}
+        self.running: dict[int, _Bar] = {}
         self.began = time.monotonic()
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="pipeloom-display", daemon=True)
 
-    def start(self, total: Optional[int]) -> None:
+    def start(self, total: int | None) -> None:
         self.total = total
         self.began = time.monotonic()
         self._ticker.start()
@@ -1168,12 +1233,16 @@ class _Board(Progress):
         parts.append(_clock(elapsed))
         if self.total and 0 < settled < self.total and elapsed > 1:
             parts.append(f"eta {_clock(elapsed / settled * (self.total - settled))}")
-        parts += [f"{self.counts[s]:,} {w}" for s, w in ((ERROR, "failed"), (CANCELLED, "cancelled")) if self.counts[s]]
+        parts += [
+            f"{self.counts[s]:,} {w}"
+            for s, w in ((ERROR, "failed"), (CANCELLED, "cancelled"))
+            if self.counts[s]
+        ]
         if self.total == 0:
             return _Bar("All tasks", 1, 1, "  ".join(parts))
         return _Bar("All tasks", self.total, settled, "  ".join(parts))
 
-    def bars(self, room: int) -> List[_Bar]:
+    def bars(self, room: int) -> list[_Bar]:
         """The overall bar, then as many running tasks as have room, then how many more there are."""
         running = self.running.copy()
         shown = list(islice(running.values(), room if len(running) < room else max(room - 2, 0)))
@@ -1201,7 +1270,9 @@ class _AnsiBars(_Board):
 
     def _open(self) -> None:
         self.screen = _Screen(self.stream)
-        self.screen.open(lambda width, height: _lines(self.bars(height - 1)[: height - 1], width, self.screen.style))
+        self.screen.open(
+            lambda width, height: _lines(self.bars(height - 1)[: height - 1], width, self.screen.style)
+        )
 
     def _draw(self) -> None:
         self.screen.draw()
@@ -1233,7 +1304,7 @@ class _RichBars(_Board):
         table = Table.grid(padding=(0, 1))
         for bar in self.bars(self.console.size.height - 1):
             fraction = bar.fraction()
-            cells: List[Any] = [Text(_fit(bar.name, min(NAME_WIDTH, width // 3)).rstrip(), no_wrap=True)]
+            cells: list[Any] = [Text(_fit(bar.name, min(NAME_WIDTH, width // 3)).rstrip(), no_wrap=True)]
             if fraction is not None:
                 cells += [ProgressBar(1, fraction, width=max(width // 4, 4)), Text(f"{fraction:4.0%}")]
             else:
@@ -1301,7 +1372,7 @@ class _Style:
         return f"\x1b[32m{left}\x1b[90m{right}\x1b[0m" if self.colour else left + right
 
 
-def _lines(bars: List[_Bar], width: int, style: _Style) -> List[Tuple[str, int]]:
+def _lines(bars: list[_Bar], width: int, style: _Style) -> list[tuple[str, int]]:
     """The lines of some bars, each with the number of cells that it fills (never the last column)."""
     room = max(width - 1, 0)
     names = min(max((_width(bar.name) for bar in bars), default=0), NAME_WIDTH, room // 3)
@@ -1309,7 +1380,7 @@ def _lines(bars: List[_Bar], width: int, style: _Style) -> List[Tuple[str, int]]
     return [_line(bar, room, names, length, style) for bar in bars]
 
 
-def _line(bar: _Bar, room: int, names: int, length: int, style: _Style) -> Tuple[str, int]:
+def _line(bar: _Bar, room: int, names: int, length: int, style: _Style) -> tuple[str, int]:
     fraction = bar.fraction()
     head = _fit(bar.name, names) + " "
     percent = f" {fraction:4.0%} " if fraction is not None else "      "
@@ -1332,11 +1403,11 @@ class _Screen:
         self.stream = stream
         self.style = _Style(stream)
         self._lock = threading.RLock()
-        self._drawn: List[int] = []  # the cells of each line that stands there now
-        self._render: Callable[[int, int], List[Tuple[str, int]]] = lambda width, height: []
-        self._stand_ins: List[_Above] = []
+        self._drawn: list[int] = []  # the cells of each line that stands there now
+        self._render: Callable[[int, int], list[tuple[str, int]]] = lambda width, height: []
+        self._stand_ins: list[_Above] = []
 
-    def open(self, render: Callable[[int, int], List[Tuple[str, int]]]) -> None:
+    def open(self, render: Callable[[int, int], list[tuple[str, int]]]) -> None:
         self._render = render
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
@@ -1390,12 +1461,15 @@ class _Above:
 
     def __init__(self, name: str, stream: Any, screen: _Screen) -> None:
         self._name, self._stream, self._screen = name, stream, screen
-        self._rest = ""
+        self._rests: dict[int, str] = {}  # half lines, by thread: print() writes in pieces
         setattr(sys, name, self)
 
     def write(self, text: str) -> int:
         with self._screen._lock:
-            lines, newline, self._rest = (self._rest + text).rpartition("\n")
+            me = threading.get_ident()
+            lines, newline, rest = (self._rests.pop(me, "") + text).rpartition("\n")
+            if rest:
+                self._rests[me] = rest
             if newline:
                 self._screen.above(self._stream, lines + newline)
         return len(text)
@@ -1408,7 +1482,7 @@ class _Above:
             setattr(sys, self._name, self._stream)
 
     def write_rest(self) -> None:
-        self._stream.write(self._rest)
+        self._stream.write("".join(self._rests.values()))
         self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -1422,7 +1496,7 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-def _terminal_size(stream: Any) -> Tuple[int, int]:
+def _terminal_size(stream: Any) -> tuple[int, int]:
     try:
         width, height = os.get_terminal_size(stream.fileno())
     except (AttributeError, OSError, ValueError):
@@ -1461,12 +1535,14 @@ def _display_of(progress: Any) -> Any:
         progress = _best_display()
     if progress == "rich" and _rich_console() is None:
         raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
-    kinds: Dict[str, Callable[[], Progress]] = {
+    kinds: dict[str, Callable[[], Progress]] = {
         "rich": _RichBars, "ansi": _AnsiBars, "log": _LogLines, "none": Progress,
     }  # fmt: skip
     if isinstance(progress, str):
         if progress not in kinds:
-            raise UsageError(f"progress={progress!r} is unknown: expected auto, {', '.join(kinds)} or an object")
+            raise UsageError(
+                f"progress={progress!r} is unknown: expected auto, {', '.join(kinds)} or an object"
+            )
         return kinds[progress]() if sys.stderr is not None else Progress()
     missing = [name for name in ("start", "update", "stop") if not callable(getattr(progress, name, None))]
     if missing:
@@ -1490,12 +1566,12 @@ class _AnsiProgress:
     """Looks like rich.progress.Progress where that cannot be imported. Any thread may call it."""
 
     def __init__(self, transient: bool = False) -> None:
-        self.tasks: Dict[int, _Bar] = {}
+        self.tasks: dict[int, _Bar] = {}
         self._transient = transient
         self._ids = count()
         self._shared = _shared_screen
 
-    def add_task(self, description: str, total: Optional[float] = 100, completed: float = 0, **_: Any) -> int:
+    def add_task(self, description: str, total: float | None = 100, completed: float = 0, **_: Any) -> int:
         """Add a bar; returns its id, which may be 0."""
         id = next(self._ids)
         self.tasks[id] = _Bar(_without_markup(description), total, completed)
@@ -1505,10 +1581,10 @@ class _AnsiProgress:
         self,
         task_id: int,
         *,
-        total: Optional[float] = None,
-        completed: Optional[float] = None,
+        total: float | None = None,
+        completed: float | None = None,
         advance: float = 0,
-        description: Optional[str] = None,
+        description: str | None = None,
         **_: Any,
     ) -> None:
         """Change a bar; one that was removed is let be."""
@@ -1551,8 +1627,8 @@ class _SharedScreen:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the list and the screen's coming and going
-        self._shown: List[_AnsiProgress] = []
-        self._screen: Optional[_Screen] = None
+        self._shown: list[_AnsiProgress] = []
+        self._screen: _Screen | None = None
         self._over = threading.Event()
 
     def add(self, progress: _AnsiProgress) -> None:
@@ -1563,7 +1639,9 @@ class _SharedScreen:
                 self._screen = _Screen(sys.stderr)
                 self._screen.open(self._render)
                 self._over = threading.Event()
-                threading.Thread(target=self._tick, args=(self._over,), name="pipeloom-display", daemon=True).start()
+                threading.Thread(
+                    target=self._tick, args=(self._over,), name="pipeloom-display", daemon=True
+                ).start()
 
     def remove(self, progress: _AnsiProgress, keep: bool) -> None:
         with self._lock:
@@ -1594,7 +1672,7 @@ class _SharedScreen:
         while not over.wait(FRAME):
             self.draw()
 
-    def _render(self, width: int, height: int) -> List[Tuple[str, int]]:
+    def _render(self, width: int, height: int) -> list[tuple[str, int]]:
         bars = [bar for progress in self._shown for bar in progress.tasks.copy().values()]
         style = self._screen.style if self._screen else _Style(sys.stderr)
         return _lines(bars[: max(height - 1, 1)], width, style)
@@ -1627,7 +1705,7 @@ def _make_progress(transient: bool) -> Any:
     return RichProgress(console=console, transient=transient)
 
 
-def preregister_task_bars(progress: Any, num_tasks: int) -> Dict[int, Any]:
+def preregister_task_bars(progress: Any, num_tasks: int) -> dict[int, Any]:
     """Add a bar for each of the tasks 1..num_tasks; returns {task id: bar id}. A bar id may be 0."""
     return {id: progress.add_task(f"task-{id}", total=100) for id in range(1, num_tasks + 1)}
 
@@ -1667,6 +1745,13 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         pass
 
 
+def _remove_handlers() -> None:
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "_pipeloom", False)]:
+        root.removeHandler(handler)
+        handler.close()
+
+
 def setup_logging(verbose: int, log_file: Any = None) -> None:
     """Show log lines of level WARNING (0), INFO (1) or DEBUG (2 and more) on stderr, above the bars.
 
@@ -1674,10 +1759,8 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
     """
     level = logging.WARNING if verbose <= 0 else logging.INFO if verbose == 1 else logging.DEBUG
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "_pipeloom", False)]:
-        root.removeHandler(handler)
-        handler.close()
-    handlers: List[logging.Handler] = [_LogHandler()]
+    _remove_handlers()
+    handlers: list[logging.Handler] = [_LogHandler()]
     handlers[0].setFormatter(logging.Formatter("%(levelname)-8s %(message)s"))
     if log_file:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
@@ -1695,13 +1778,6 @@ MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
 
 
-class _Reader(sqlite3.Connection):
-    """A read-only connection whose `with` block closes it."""
-
-    def __exit__(self, *_: Any) -> Any:
-        self.close()
-
-
 class TaskContext:
     """What a worker gets as its queue: its task's way to the writer. For the thread that runs the task.
 
@@ -1716,7 +1792,9 @@ class TaskContext:
         "traceback",
     )  # fmt: skip
 
-    def __init__(self, run: _Run, stage: _Stage, task: Any, task_id: int, name: str, attempt: int = 1) -> None:
+    def __init__(
+        self, run: _Run, stage: _Stage, task: Any, task_id: int, name: str, attempt: int = 1
+    ) -> None:
         self._run = run
         self.stage = stage
         self.task = task  #: the task as it was given
@@ -1726,21 +1804,21 @@ class TaskContext:
         self.closed = False  # nothing is accepted any more; guarded by the channel's lock
         self.rejected = False  # a message of this attempt was bad
         self.abandoned = False  # timed out: its thread ends when the function returns, if ever
-        self.reason: Optional[str] = None  # why the task is to stop
-        self.deadline: Optional[float] = None
-        self.held: List[Any] = []  # messages that wait for the finish
+        self.reason: str | None = None  # why the task is to stop
+        self.deadline: float | None = None
+        self.held: list[Any] = []  # messages that wait for the finish
         self.news: Any = None  # the newest progress
         self.has_news = False  # and it is on its way to the writer
-        self.error: Optional[BaseException] = None
-        self.traceback: Optional[str] = None
+        self.error: BaseException | None = None
+        self.traceback: str | None = None
         self._held_rows = 0
         self._limit = MANY_ROWS if stage.atomic else STREAM_ROWS
-        self._group: List[Any] = []  # rows of consecutive statements with the same SQL
-        self._group_sql: Optional[str] = None
+        self._group: list[Any] = []  # rows of consecutive statements with the same SQL
+        self._group_sql: str | None = None
 
     # What a worker calls
 
-    def put(self, message: Any, block: bool = True, timeout: Optional[float] = None) -> None:
+    def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message. Waits while the writer is behind; `block` and `timeout` are a queue's.
 
         Raises MessageRefused for a message that can never be stored. After the task's finish, further
@@ -1764,12 +1842,12 @@ class TaskContext:
         else:
             self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
 
-    def progress(self, step: float, total: Optional[float] = None, message: str = "") -> None:
+    def progress(self, step: float, total: float | None = None, message: str = "") -> None:
         """Say how far the task is; cheap enough for every step, as only the newest is stored and shown."""
         self.check()
         self._tell(_checked_progress(MsgTaskProgress(self.task_id, step, total or 0, message)))
 
-    def track(self, iterable: Iterable[Any], total: Optional[float] = None) -> Iterator[Any]:
+    def track(self, iterable: Iterable[Any], total: float | None = None) -> Iterator[Any]:
         """Pass items on and say how far they are, ten times a second at most."""
         if total is None:
             total = len(iterable) if hasattr(iterable, "__len__") else 0  # type: ignore[arg-type]
@@ -1814,7 +1892,7 @@ class TaskContext:
                 "use execute() with INSERT OR REPLACE instead"
             )
         keys = [key] if isinstance(key, str) else list(key)
-        columns: List[str] = []
+        columns: list[str] = []
         sql = ""
         for row in rows:
             if not sql or list(row) != columns:
@@ -1917,13 +1995,15 @@ class TaskContext:
             raise MessageRefused(f"task {self.name!r} has finished: {what} came too late to be stored")
 
 
-def _upsert_sql(table: str, columns: List[str], keys: List[str]) -> str:
-    def quoted(names: Iterable[str]) -> List[str]:
+def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
+    def quoted(names: Iterable[str]) -> list[str]:
         return ['"' + name.replace('"', '""') + '"' for name in names]
 
     missing = [key for key in keys if key not in columns]
     if missing or not keys:
-        raise MessageRefused(f"upsert into {table!r}: key {missing or keys!r} is not among the columns {columns!r}")
+        raise MessageRefused(
+            f"upsert into {table!r}: key {missing or keys!r} is not among the columns {columns!r}"
+        )
     others = quoted(name for name in columns if name not in keys)
     action = f"UPDATE SET {', '.join(f'{c}=excluded.{c}' for c in others)}" if others else "NOTHING"
     return (
@@ -1945,20 +2025,20 @@ class Failure:
 
     task: str
     message: str
-    traceback: Optional[str] = None
+    traceback: str | None = None
 
 
 @dataclass(frozen=True)
 class RunResult:
     """How a run ended. The counts are of tasks; `failures` holds the first hundred."""
 
-    run_id: Optional[int]
+    run_id: int | None
     done: int
     error: int
     cancelled: int
     skipped: int
     elapsed: float
-    failures: List[Failure] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -1975,17 +2055,17 @@ class RunResult:
 class _Settings:
     """The options of a run; those of a stage are in _Stage."""
 
-    workers: Optional[int] = None
+    workers: int | None = None
     wal: bool = True
     store_task_status: bool = True
     fail_fast: bool = False
     check: bool = True
     progress: Any = "auto"
-    schema: Optional[str] = None
-    handlers: Optional[Mapping[type, Handler]] = None
+    schema: str | None = None
+    handlers: Mapping[type, Handler] | None = None
     busy_timeout: float = 300.0
     durable: bool = False
-    writer: Type[SQLiteWriter] = SQLiteWriter
+    writer: type[SQLiteWriter] = SQLiteWriter
 
     def __post_init__(self) -> None:
         if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
@@ -2003,7 +2083,7 @@ class _Stage:
         self,
         call: Callable[[TaskContext], object],
         items: Iterable[Any],
-        identify: Callable[[Any], Tuple[Optional[int], Optional[str]]],
+        identify: Callable[[Any], tuple[int | None, str | None]],
     ) -> None:
         self.call = call
         self.items = items
@@ -2026,20 +2106,19 @@ class _Run:
     """
 
     def __init__(self, stage: _Stage, db_path: str, settings: _Settings) -> None:
-        _check_database(db_path)
         self.settings = settings
         self.channel = Channel()
         self.display = _display_of(settings.progress)
         self.writer = self._make_writer(db_path)
-        self.stopping: Optional[str] = None  # why nothing new starts
+        self.stopping: str | None = None  # why nothing new starts
         self.began = time.monotonic()
-        self.failures: List[Failure] = []
-        self.first_error: Optional[BaseException] = None
+        self.failures: list[Failure] = []
+        self.first_error: BaseException | None = None
         self.unreported = 0  # failures that the workers did not report themselves
         self._stage = stage
         self._total = len(stage.items) if isinstance(stage.items, Sequence) else None
         self._workers = settings.workers or min(self._total or os.cpu_count() or 1, os.cpu_count() or 1)
-        self._threads: List[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._wake = threading.Condition(self._lock)
@@ -2049,14 +2128,14 @@ class _Run:
         self._idle = 0  # workers that wait
         self._dismissed = False
         self._stirred = False  # something happened since the calling thread last looked
-        self._live: Dict[int, TaskContext] = {}  # submitted and not settled
+        self._live: dict[int, TaskContext] = {}  # submitted and not settled
         self._counts = dict.fromkeys(FINAL, 0)
         self._next_id = 1
-        self._waiting: Optional[Iterator[Tuple[int, str]]] = None  # known tasks, in order
+        self._waiting: Iterator[tuple[int, str]] | None = None  # known tasks, in order
         self._unsubmitted = 0  # known tasks that no worker was given yet
-        self._signals: List[int] = []
+        self._signals: list[int] = []
         self._heeded = 0
-        self._leave_at: Optional[float] = None
+        self._leave_at: float | None = None
         self._left = False  # what ran was cancelled
         self._pulling = False  # the calling thread is inside the user's iterator
 
@@ -2080,7 +2159,7 @@ class _Run:
         commit; 5. stop the display; 6. restore the signal handlers; 7. return, or raise what stopped it.
         """
         previous = self._take_signals()
-        failure: Optional[BaseException] = None
+        failure: BaseException | None = None
         try:
             try:
                 self._start()
@@ -2111,6 +2190,7 @@ class _Run:
         self._check_writer()
         if self.writer.db_path == ":memory:":
             logger.warning("the database is :memory:, so that nothing is left of it after the run")
+        logger.info("database %r is open; %d workers start", self.writer.db_path, self._workers)
         self._register()
         try:
             self.display.start(self._total)
@@ -2146,7 +2226,7 @@ class _Run:
         self._unsubmitted = self._total
         self._next_id = 1
 
-    def _identity(self, item: Any) -> Tuple[int, str]:
+    def _identity(self, item: Any) -> tuple[int, str]:
         given, name = self._stage.identify(item)
         id = self._next_id if given is None else _task_id(given)
         self._next_id = max(self._next_id, id + 1)
@@ -2187,7 +2267,9 @@ class _Run:
     def _submit(self, item: Any) -> None:
         id, name = self._identity(item)
         if id in self._live:
-            raise UsageError(f"task_id {id} of task {name!r} is taken by {self._live[id].name!r}; give each its own")
+            raise UsageError(
+                f"task_id {id} of task {name!r} is taken by {self._live[id].name!r}; give each its own"
+            )
         ctx = TaskContext(self, self._stage, item, id, name)
         self._live[id] = ctx
         self._unsubmitted = max(self._unsubmitted - 1, 0)
@@ -2221,7 +2303,7 @@ class _Run:
             if ctx.abandoned:
                 return
 
-    def _take(self) -> Optional[TaskContext]:
+    def _take(self) -> TaskContext | None:
         """The next ready task, waiting for one; None when there will be none."""
         try:
             ctx = self._ready.popleft()
@@ -2285,7 +2367,7 @@ class _Run:
 
     # The writer
 
-    def settle(self, settled: List[Tuple[TaskContext, str, str]]) -> None:
+    def settle(self, settled: list[tuple[TaskContext, str, str]]) -> None:
         """These attempts are committed. Called by the writer after each commit."""
         with self._lock:
             for ctx, status, message in settled:
@@ -2306,7 +2388,7 @@ class _Run:
 
     # The end
 
-    def _wind_up(self, failure: Optional[BaseException]) -> Optional[BaseException]:
+    def _wind_up(self, failure: BaseException | None) -> BaseException | None:
         """Steps 3 to 5 of execute(), whatever happened before; returns what the run ends with."""
         try:
             if failure is not None and self.writer.error is None and self.writer.opened.is_set():
@@ -2343,7 +2425,7 @@ class _Run:
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0))
 
-    def _end_writer(self, failure: Optional[BaseException]) -> None:
+    def _end_writer(self, failure: BaseException | None) -> None:
         counts = self._counts
         clean = failure is None and not self.stopping and not counts[ERROR]
         status = DONE if clean else CANCELLED if self._signals else ERROR
@@ -2365,17 +2447,15 @@ class _Run:
 
     # Signals. The handler only sets attributes; the calling thread polls them.
 
-    def _take_signals(self) -> Dict[int, Any]:
+    def _take_signals(self) -> dict[int, Any]:
         """Install the handler where this thread may; returns the handlers before."""
-        previous: Dict[int, Any] = {}
+        previous: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return previous
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            handler = number and signal.getsignal(number)
-            if handler not in (None, signal.SIG_IGN):  # ignored, as under nohup; or set by C code
-                previous[number] = handler
-                signal.signal(number, self._on_signal)
+            number = getattr(signal, name, None)  # Windows lacks SIGHUP
+            if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
+                previous[number] = signal.signal(number, self._on_signal)  # not what nohup, or C code, set
         return previous
 
     def _on_signal(self, number: int, _: Any) -> None:
@@ -2392,7 +2472,9 @@ class _Run:
             name = signal.Signals(self._signals[-1]).name
             if self._heeded == 1:
                 running = len(self._live) - len(self._ready)
-                logger.warning("%s: nothing new starts; %d running tasks finish (again: leave now)", name, running)
+                logger.warning(
+                    "%s: nothing new starts; %d running tasks finish (again: leave now)", name, running
+                )
                 self._leave_at = now + GRACE if name != "SIGINT" else None
             else:
                 self._leave_at = now
@@ -2424,7 +2506,9 @@ class _Run:
             raise
 
 
-def run_pipeline(tasks: Any, db_path: Any = "./pipeloom.db", *, worker_fn: Any = None, **options: Any) -> RunResult:
+def run_pipeline(
+    tasks: Any, db_path: Any = "./pipeloom.db", *, worker_fn: Any = None, **options: Any
+) -> RunResult:
     """Run `worker_fn(task, context)` for every task, on threads, and store all of it in one SQLite file.
 
     Blocks until everything is committed. `tasks` is any iterable of any objects, pulled in this thread as
@@ -2451,9 +2535,13 @@ def run_pipeline(tasks: Any, db_path: Any = "./pipeloom.db", *, worker_fn: Any =
     if not _is_path(db_path):
         raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in run_pipeline(tasks, 'jobs.db')")
     if _is_path(tasks) or not hasattr(tasks, "__iter__"):
-        raise UsageTypeError(f"tasks={tasks!r}: expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')")
+        raise UsageTypeError(
+            f"tasks={tasks!r}: expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')"
+        )
     if not callable(worker_fn):
-        raise UsageTypeError(f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task")
+        raise UsageTypeError(
+            f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task"
+        )
     unknown = set(options) - set(_Settings.__dataclass_fields__)
     if unknown:
         raise UsageTypeError(
@@ -2470,7 +2558,7 @@ def _is_path(value: object) -> bool:
     return isinstance(value, (str, bytes, os.PathLike))
 
 
-def _identify(task: Any) -> Tuple[Optional[int], Optional[str]]:
+def _identify(task: Any) -> tuple[int | None, str | None]:
     """The id and the name that a task has of itself, if any."""
     if isinstance(task, (str, int, float, os.PathLike)):
         return None, os.fspath(task) if isinstance(task, os.PathLike) else str(task)
@@ -2483,11 +2571,15 @@ def _check_tasks(tasks: Any) -> None:
     """Find bad and double ids of known tasks before anything is written."""
     if not isinstance(tasks, Sequence) or isinstance(tasks, range):
         return
-    seen: Dict[int, Any] = {}
+    seen: dict[int, Any] = {}
     for task in tasks:
         given, _ = _identify(task)
-        if given is not None and _task_id(given) in seen:
-            raise UsageError(f"task_id {given} is given twice: {seen[given]!r} and {task!r}; give each its own")
+        if given is None:
+            continue
+        if _task_id(given) in seen:
+            raise UsageError(
+                f"task_id {given} is given twice: {seen[given]!r} and {task!r}; give each its own"
+            )
         seen[given] = task
 
 
@@ -2495,10 +2587,12 @@ def _check_tasks(tasks: Any) -> None:
 
 COUNT_BY_STATUS = "SELECT status, count(*) FROM task_runs GROUP BY status"
 LAST_RUN = "SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1"
-LATEST_TASKS = "SELECT * FROM task_runs {} ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
+LATEST_TASKS = (
+    "SELECT * FROM task_runs {} ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
+)
 
 
-def read_status(db_path: str, limit: int = 20, failed: bool = False) -> Dict[str, Any]:
+def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str, Any]:
     """The counts, the last run and the latest tasks of a database, as plain values. Any thread may call it.
 
     Raises DatabaseError if there is no such database, and does not create it.
@@ -2520,20 +2614,26 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> Dict[str
         conn.close()
 
 
-def _status_text(status: Dict[str, Any]) -> str:
+def _status_text(status: dict[str, Any]) -> str:
     lines = []
     if status["tasks"]:
         lines.append(f"{'id':>6} {'status':<10} {'progress':>8}  {'name':<28} message")
     for task in status["tasks"]:
         name, message = _fit(task["name"], 28), (task["message"] or "").split("\n")[0]
-        line = f"{task['id']:>6} {task['status']:<10} {task['progress'] or 0:>8.0%}  {name} {_fit(message, 100)}"
+        line = (
+            f"{task['id']:>6} {task['status']:<10} {task['progress'] or 0:>8.0%}  {name} {_fit(message, 100)}"
+        )
         lines.append(line.rstrip())
     counts = status["counts"]
     known = [f"{counts[s]:,} {s}" for s in (QUEUED, RUNNING, *FINAL) if counts.get(s)]
     lines.append(", ".join(known) or "no tasks")
     run = status["run"]
     if run:
-        ended = f", ended {run['finished_at']}" if run["finished_at"] else f" as process {run['pid']} on {run['host']}"
+        ended = (
+            f", ended {run['finished_at']}"
+            if run["finished_at"]
+            else f" as process {run['pid']} on {run['host']}"
+        )
         lines.append(f"last run: {run['status']}, started {run['started_at']}{ended}")
     return "\n".join(lines)
 
@@ -2552,7 +2652,7 @@ def demo_worker(task: Task, q: Any) -> None:
     q.put(MsgTaskFinished(task.task_id, DONE, _now(), result=f"ok:{task.name}", message="completed"))
 
 
-def _demo_tasks(number: int, failing: int) -> List[Task]:
+def _demo_tasks(number: int, failing: int) -> list[Task]:
     names = [f"task-{id}{'!' if id <= failing else ''}" for id in range(1, number + 1)]
     return [Task(id, name, steps=10 + 7 * id % 21) for id, name in enumerate(names, 1)]
 
@@ -2560,7 +2660,7 @@ def _demo_tasks(number: int, failing: int) -> List[Task]:
 # ---- Command line: data to stdout, everything else to stderr -------------------------------------------
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 130 Ctrl-C."""
     args = _parser().parse_args(argv)
     setup_logging(getattr(args, "verbose", 0), getattr(args, "log_file", None))
@@ -2593,7 +2693,11 @@ def _exit_by_signal(number: int, _: Any) -> None:
 def _parser() -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"pipeloom: {message}; see {self.prog} --help\n")
+
+    parser = Parser(
         prog=f"python -m {__name__}",
         description="Run many tasks at once, store what they make in one SQLite file, watch them live.",
     )
@@ -2612,17 +2716,23 @@ def _parser() -> Any:
     demo.add_argument("--no-wal", action="store_true", help="use SQLite's rollback journal")
     demo.add_argument("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
     run = command("run", _cmd_run, "Run a function of yours, or a file of yours.", "")
-    run.add_argument("target", metavar="TARGET", help="package.module:name, file.py:name, or file.py (its main)")
+    run.add_argument(
+        "target", metavar="TARGET", help="package.module:name, file.py:name, or file.py (its main)"
+    )
     run.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
     run.add_argument("--dry-run", action="store_true", help="print the names of the tasks and run none")
-    run.add_argument("--fail-fast", action="store_true", default=None, help="stop starting at the first failure")
+    run.add_argument(
+        "--fail-fast", action="store_true", default=None, help="stop starting at the first failure"
+    )
     run.add_argument("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
     for sub in (demo, run):
         sub.add_argument("-w", "--workers", type=whole, metavar="N", help="how many tasks run at once")
         sub.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
         sub.add_argument("-l", "--log-file", metavar="FILE", help="log to this file, too")
     status = command("status", _cmd_status, "Show how the tasks of a database fare, also while they run.")
-    status.add_argument("-n", "--limit", type=whole, default=20, metavar="N", help="how many tasks (default: 20)")
+    status.add_argument(
+        "-n", "--limit", type=whole, default=20, metavar="N", help="how many tasks (default: 20)"
+    )
     status.add_argument("--failed", action="store_true", help="only tasks that failed or were cancelled")
     status.add_argument("--watch", action="store_true", help="again every second, until the run has ended")
     status.add_argument("--json", action="store_true", help="as JSON")
@@ -2662,7 +2772,7 @@ def _cmd_run(args: Any) -> int:
     return code if code or type(value) is not int else value
 
 
-def _argument(text: str) -> Tuple[str, Any]:
+def _argument(text: str) -> tuple[str, Any]:
     """KEY=VALUE, where a value that reads as a number, true or false is one."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
@@ -2694,10 +2804,14 @@ def _load_target(target: str) -> Any:
     try:
         found = import_module(place)
     except ImportError as error:
-        raise UsageError(f"target {target!r} cannot be imported: {error}; check its name and its imports") from error
+        raise UsageError(
+            f"target {target!r} cannot be imported: {error}; check its name and its imports"
+        ) from error
     for part in (name or "main").split("."):
         if not hasattr(found, part):
-            raise UsageError(f"target {target!r}: {place!r} has no {part!r}; name a function of it, as {place}:name")
+            raise UsageError(
+                f"target {target!r}: {place!r} has no {part!r}; name a function of it, as {place}:name"
+            )
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"target {target!r} is {found!r}, which cannot be called; name a function")
@@ -2707,13 +2821,13 @@ def _load_target(target: str) -> Any:
 class _Session:
     """What the command line adds to the runs that a program starts: options that win, and a summary."""
 
-    current: Optional[_Session] = None
+    current: _Session | None = None
 
-    def __init__(self, options: Dict[str, Any], db_path: Optional[str] = None, dry_run: bool = False) -> None:
+    def __init__(self, options: dict[str, Any], db_path: str | None = None, dry_run: bool = False) -> None:
         self.options = options
         self.db_path = db_path
         self.dry_run = dry_run
-        self.runs: List[Tuple[str, RunResult]] = []
+        self.runs: list[tuple[str, RunResult]] = []
 
     def __enter__(self) -> None:
         _Session.current = self
@@ -2724,7 +2838,7 @@ class _Session:
             self.report()
         return isinstance(error, PipelineError)  # the summary says it better
 
-    def run(self, stage: _Stage, path: str, options: Dict[str, Any]) -> RunResult:
+    def run(self, stage: _Stage, path: str, options: dict[str, Any]) -> RunResult:
         """What run_pipeline does in this session."""
         path, options = self.db_path or path, {**options, **self.options}
         if self.dry_run:
@@ -2745,10 +2859,15 @@ class _Session:
 
 
 def _summary(path: str, result: RunResult) -> str:
-    counts = [(result.done, DONE), (result.skipped, "skipped"), (result.error, "failed"), (result.cancelled, CANCELLED)]
+    counts = [
+        (result.done, DONE),
+        (result.skipped, "skipped"),
+        (result.error, "failed"),
+        (result.cancelled, CANCELLED),
+    ]
     parts = [f"{n:,} {word}" for n, word in counts if n or word == DONE]
     lines = [f"{', '.join(parts)} in {result.elapsed:.1f} s; database {path}"]
-    causes: Dict[str, List[str]] = {}
+    causes: dict[str, list[str]] = {}
     for failure in result.failures:
         causes.setdefault(failure.message, []).append(failure.task)
     for cause, tasks in sorted(causes.items(), key=lambda item: -len(item[1]))[:10]:

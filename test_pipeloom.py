@@ -1,0 +1,1578 @@
+"""The promises of pipeloom.py, in the order of its sections. A test's name is what it proves."""
+
+import ast
+import dataclasses
+import faulthandler
+import io
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeloom
+from pipeloom import (
+    SENTINEL,
+    MsgExecute,
+    MsgTaskFinished,
+    MsgTaskProgress,
+    MsgTaskStarted,
+    SQLiteWriter,
+    Task,
+    run_pipeline,
+)
+
+HERE = Path(__file__).resolve().parent
+FILE = HERE / "pipeloom.py"
+WAIT = 20  # seconds; nothing takes as long unless it hangs
+try:
+    import rich
+except ImportError:
+    rich = None
+needs_rich = pytest.mark.skipif(rich is None, reason="Rich is not installed")
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and terminals")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Each test ends by itself, with the threads, signal handlers and open files that it began with."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    threads, handlers, files = set(threading.enumerate()), _handlers(), _open_files()
+    streams = sys.stdout, sys.stderr
+    yield
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - threads and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert set(threading.enumerate()) <= threads, "a thread outlived its run"
+    assert _handlers() == handlers
+    assert (sys.stdout, sys.stderr) == streams
+    assert _open_files() <= files
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _handlers():
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [signal.getsignal(getattr(signal, name)) for name in names if hasattr(signal, name)]
+
+
+def _open_files():
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+@pytest.fixture
+def db(tmp_path):
+    return tmp_path / "test.db"
+
+
+def rows(path, sql="SELECT id, name, status FROM task_runs ORDER BY id", *parameters):
+    conn = sqlite3.connect(str(path))
+    try:
+        return conn.execute(sql, parameters).fetchall()
+    finally:
+        conn.close()
+
+
+def run(tasks, path, worker, **options):
+    options.setdefault("progress", "none")
+    return run_pipeline(tasks, path, worker_fn=worker, **options)
+
+
+def nothing(task, q):
+    pass
+
+
+class Recorder(pipeloom.Progress):
+    """A display that keeps what it is told, and what the database said at that moment."""
+
+    def __init__(self, path=None):
+        self.told = []
+        self.path = path
+        self.stored = []
+
+    def start(self, total):
+        self.told.append(("start", total))
+
+    def update(self, message):
+        self.told.append(message)
+        if self.path:
+            self.stored += rows(self.path, "SELECT status FROM task_runs WHERE id = ?", message.task_id)
+
+    def stop(self, result):
+        self.told.append(("stop", result))
+
+    def messages(self):
+        return [message for message in self.told if not isinstance(message, tuple)]
+
+
+def python(*arguments, cwd, code=None, env=None, **options):
+    """Run this Python in a fresh process; `code` is the exit code that is expected."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=str(cwd),
+        env={**os.environ, "PYTHONPATH": "", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        universal_newlines=True,
+        timeout=60,
+        **options,
+    )
+    if code is not None:
+        assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def home(tmp_path):
+    """An empty directory that holds only pipeloom.py, as a new user has it."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shutil.copy(str(FILE), str(folder))
+    return folder
+
+
+# ---- The file itself -----------------------------------------------------------------------------------
+
+
+def test_the_file_is_python_3_8_and_imports_only_the_standard_library():
+    tree = ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 8))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    if hasattr(sys, "stdlib_module_names"):
+        assert found - set(sys.stdlib_module_names) == {"rich"}
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in pipeloom.__all__:
+        value = getattr(pipeloom, name)
+        if name != "Msg" and (isinstance(value, type) or callable(value)):
+            assert value.__doc__, name
+
+
+def test_importing_it_imports_nothing_slow(home):
+    slow = (
+        "rich argparse json typing asyncio inspect_ concurrent.futures pathlib traceback_ socket urllib.parse"
+    )
+    program = f"import sys, pipeloom; print([m for m in {slow.split()!r} if m in sys.modules])"
+    program = "import sys; before = set(sys.modules); " + program.replace(
+        "if m in", "if m not in before and m in"
+    )
+    assert python("-S", "-c", program, cwd=home, code=0).stdout.strip() == "[]"
+
+
+def test_code_written_for_the_original_imports_unchanged():
+    from pipeloom.db import connect, init_schema, wal_checkpoint  # noqa: F401
+    from pipeloom.demo import DemoTask, demo_worker  # noqa: F401
+    from pipeloom.engine import run_pipeline as same
+    from pipeloom.messages import TaskDef
+    from pipeloom.progress import make_overall_progress  # noqa: F401
+    from pipeloom.rlog import console, logger, setup_logging  # noqa: F401
+    from pipeloom.writer import SQLiteWriter as same_writer
+
+    assert same is run_pipeline and same_writer is SQLiteWriter
+    assert TaskDef is DemoTask is Task
+    assert pipeloom.MsgTaskStart is MsgTaskStarted and pipeloom.MsgTaskFinish is MsgTaskFinished
+    assert pipeloom.Msg
+
+
+# ---- Errors and messages -------------------------------------------------------------------------------
+
+
+def test_messages_are_frozen_and_have_the_fields_of_the_original_in_their_order():
+    assert [f.name for f in dataclasses.fields(MsgTaskStarted)] == ["task_id", "name", "started_at"]
+    assert [f.name for f in dataclasses.fields(MsgTaskProgress)] == ["task_id", "step", "total", "message"]
+    assert [f.name for f in dataclasses.fields(MsgTaskFinished)] == [
+        "task_id", "status", "finished_at", "result", "message",
+    ]  # fmt: skip
+    assert Task(7, "seven", 3) == Task(task_id=7, name="seven", steps=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MsgTaskProgress(1, 2, 3).step = 4
+
+
+@pytest.mark.parametrize(
+    "message, stored",
+    [
+        (MsgTaskProgress(1, 5, 10), 0.5),
+        (MsgTaskProgress(1, 50, 10), 1.0),
+        (MsgTaskProgress(1, -3, 10), 0.0),
+        (MsgTaskProgress(1, 50, 0), 0.0),
+        (MsgTaskProgress(1, 0.25, 1.0, "half\udc80"), 0.25),
+        (MsgTaskProgress(True, 1, 2), 0.5),
+    ],
+)
+def test_progress_that_is_plain_is_clamped(db, message, stored):
+    def work(task, q):
+        q.put(message)
+        q.put(MsgTaskFinished(1, "error", "now"))
+
+    run([Task(1, "one")], db, work)
+    assert rows(db, "SELECT progress FROM task_runs") == [(stored,)]
+
+
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        (MsgTaskProgress(1, float("nan"), 10), "progress nan of 10 cannot be stored"),
+        (MsgTaskProgress(1, 1, float("inf")), "progress 1 of inf cannot be stored"),
+        (MsgTaskProgress(1, "x", 10), "progress 'x' of 10 cannot be stored"),
+        (MsgTaskProgress(1, 10**400, 10), "cannot be stored: expected two finite numbers"),
+        (MsgTaskProgress(2**63, 1, 2), "task_id 9223372036854775808 cannot be stored"),
+        (MsgTaskStarted("one", "name", "now"), "task_id 'one' cannot be stored"),
+        (MsgTaskFinished(1, "banana", "now"), "status 'banana' is unknown"),
+        (MsgExecute(3), "sql 3 cannot be run"),
+        ({"a": 1}, "nobody handles messages of type dict; pass handlers={dict: function}"),
+        (None, "nobody handles messages of type NoneType"),
+        (SENTINEL, "SENTINEL was put by a worker"),
+    ],
+)
+def test_a_message_that_can_never_be_stored_is_refused_at_put(db, message, said):
+    refused = []
+
+    def work(task, q):
+        with pytest.raises(pipeloom.MessageRefused) as error:
+            q.put(message)
+        refused.append(str(error.value))
+
+    run([Task(1, "one"), Task(2, "two")], db, work)
+    assert len(refused) == 2 and all(said in text for text in refused)
+    assert [status for _, _, status in rows(db)] == ["done", "done"]
+
+
+def test_values_whose_meaning_is_plain_are_stored_as_text(db):
+    def work(task, q):
+        q.put(MsgTaskFinished(task.task_id, "done", "now", result={"a": Path("x")}, message="\udc80\0x" * 3))
+
+    run([Task(1, "undecodable-\udcff"), Task(2, "x" * 1_000_000)], db, work)
+    found = rows(db, "SELECT name, result, message FROM task_runs ORDER BY id")
+    assert found[0] == ("undecodable-\\udcff", '{"a": "x"}', "\\udc80\0x" * 3)
+    assert len(found[1][0]) == 1_000_000
+
+
+# ---- Database ------------------------------------------------------------------------------------------
+
+
+def test_connect_sets_the_journal_and_the_pragmas(db):
+    for path, wal, mode in ((str(db), True, "wal"), (db, False, "delete"), (":memory:", True, "memory")):
+        conn = pipeloom.connect(path, wal=wal)
+        assert conn.execute("PRAGMA journal_mode").fetchone() == (mode,)
+        assert conn.execute("PRAGMA synchronous").fetchone() == (1,)
+        assert conn.execute("PRAGMA foreign_keys").fetchone() == (1,)
+        pipeloom.init_schema(conn, store_task_status=True)
+        pipeloom.init_schema(conn, store_task_status=True)
+        pipeloom.wal_checkpoint(conn)
+        conn.close()
+
+
+def test_a_database_of_the_original_is_opened_and_completed(db):
+    conn = sqlite3.connect(str(db))
+    conn.execute(
+        "CREATE TABLE task_runs(id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,"
+        " progress REAL NOT NULL DEFAULT 0.0, message TEXT, started_at TEXT, finished_at TEXT, result TEXT)"
+    )
+    conn.execute("INSERT INTO task_runs(id, name, status) VALUES (1, 'old', 'running'), (2, 'fine', 'done')")
+    conn.commit()
+    conn.close()
+    run([Task(3, "new")], db, nothing)
+    assert rows(db) == [(1, "old", "cancelled"), (2, "fine", "done"), (3, "new", "done")]
+    assert rows(db, "SELECT attempts FROM task_runs WHERE id = 3") == [(1,)]
+
+
+@pytest.mark.parametrize("kind", ["directory", "no parent", "not a database", "another shape", "a device"])
+def test_an_unusable_database_is_one_clear_error_and_nothing_is_written(tmp_path, kind):
+    path, said = tmp_path / "x.db", "is a directory; name a file in it"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "no parent":
+        path, said = tmp_path / "missing" / "x.db", "there is no directory"
+    elif kind == "not a database":
+        path.write_bytes(b"this is no database, and longer than a header of SQLite is " * 20)
+        said = "cannot be read: file is not a database"
+    elif kind == "another shape":
+        conn = sqlite3.connect(str(path))
+        conn.execute("CREATE TABLE task_runs(id, state)")
+        conn.commit()
+        conn.close()
+        said = "it lacks name, status, progress"
+    else:
+        path, said = Path("/dev/null"), "is no regular file"
+    before = sorted(tmp_path.iterdir()), path.read_bytes() if path.is_file() else b""
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        run([1], path, nothing)
+    assert isinstance(error.value, pipeloom.DatabaseError) and "\n" not in str(error.value)
+    assert before == (sorted(tmp_path.iterdir()), path.read_bytes() if path.is_file() else b"")
+
+
+def test_a_script_is_split_where_sqlite_would():
+    script = """CREATE TABLE a(x); -- a comment; with a semicolon
+        CREATE TRIGGER t AFTER INSERT ON a BEGIN UPDATE a SET x = ';'; END;
+        INSERT INTO a VALUES ('x;y') /* the last one ; needs none */"""
+    found = list(pipeloom._statements(script))
+    assert len(found) == 3
+    conn = sqlite3.connect(":memory:")
+    for statement in found:
+        conn.execute(statement)
+    assert conn.execute("SELECT x FROM a").fetchall() == [(";",)]
+    conn.close()
+
+
+def test_a_schema_that_fails_is_an_error_and_leaves_nothing_behind(db):
+    with pytest.raises(pipeloom.UsageError, match="schema= failed: .*, in 'CREATE TABEL b"):
+        run([1], db, nothing, schema="CREATE TABLE a(x); CREATE TABEL b(y)")
+    assert rows(db, "SELECT name FROM sqlite_master") == []
+
+
+# ---- Channel -------------------------------------------------------------------------------------------
+
+
+def test_a_full_channel_holds_its_producer_until_it_is_drained():
+    channel, entered, done = pipeloom.Channel(limit=2), threading.Event(), threading.Event()
+
+    def produce():
+        channel.put(None, 1)
+        channel.put(None, 2)
+        entered.set()
+        channel.put(None, 3)
+        done.set()
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    assert entered.wait(WAIT) and not done.wait(0.05)
+    assert channel.drain() == [(None, 1), (None, 2)]
+    assert done.wait(WAIT)
+    channel.close()
+    assert channel.drain() == [(None, 3)] and channel.drain() is None
+    thread.join(WAIT)
+
+
+def test_a_channel_that_fails_releases_every_waiting_producer():
+    channel, raised = pipeloom.Channel(limit=1), []
+    channel.put(None, 0)
+
+    def produce():
+        with pytest.raises(pipeloom.WriterFailed) as error:
+            channel.put(None, 1)
+        raised.append(error.value)
+
+    threads = [threading.Thread(target=produce) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    failure = pipeloom.WriterFailed("x.db", "broken", "mend it")
+    channel.fail(failure)
+    for thread in threads:
+        thread.join(WAIT)
+    assert raised == [failure] * 4
+    assert channel.drain() is None
+
+
+# ---- Writer --------------------------------------------------------------------------------------------
+
+
+def test_the_writer_works_alone_on_a_plain_queue(db):
+    q = queue.Queue(maxsize=2)
+    writer = SQLiteWriter(db, q, wal=True, store_task_status=True)
+    writer.start()
+    q.put(MsgTaskStarted(1, "one", "t1"))
+    q.put(MsgTaskProgress(1, 1, 4, "quarter"))
+    q.put(MsgTaskFinished(1, "done", "t2", result="ok"))
+    q.put(MsgTaskProgress(1, 2, 4, "late"))
+    q.put(MsgTaskFinished(2, "error", "t3", message="never started"))
+    q.put({"unknown": "message"})
+    q.put(MsgTaskStarted(3, "three", "t4"))
+    q.put(SENTINEL)
+    writer.join(WAIT)
+    q.join()
+    assert rows(db, "SELECT id, name, status, progress, result, message FROM task_runs") == [
+        (1, "one", "done", 1.0, "ok", ""),
+        (2, "task-2", "error", 0.0, None, "never started"),
+        (3, "three", "running", 0.0, None, ""),
+    ]
+
+
+def test_a_writer_that_cannot_open_refuses_its_producers_and_says_why(tmp_path):
+    q = queue.Queue(maxsize=1)
+    writer = SQLiteWriter(tmp_path / "missing" / "x.db", q)
+    writer.start()
+    for number in range(20):
+        q.put(MsgTaskStarted(number, "x", "now"), timeout=WAIT)
+    q.put(SENTINEL, timeout=WAIT)
+    with pytest.raises(pipeloom.PipeloomError, match="there is no directory"):
+        writer.join(WAIT)
+    assert not writer.is_alive()
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    key: str
+    name: object
+
+
+USERS = "CREATE TABLE IF NOT EXISTS users(key TEXT PRIMARY KEY, name TEXT NOT NULL)"
+
+
+def insert_user(conn, user):
+    conn.execute("INSERT INTO users VALUES (?, ?)", (user.key, user.name))
+
+
+def commits(conn, user):
+    insert_user(conn, user)
+    conn.commit()
+
+
+def commits_by_sql(conn, user):
+    conn.execute("BEGIN")
+    insert_user(conn, user)
+    conn.execute("COMMIT")
+
+
+def commits_by_with(conn, user):
+    with conn:
+        insert_user(conn, user)
+
+
+def commits_by_script(conn, user):
+    conn.executescript(f"INSERT INTO users VALUES ('{user.key}', {'NULL' if user.name is None else 1});")
+
+
+@pytest.mark.parametrize(
+    "handler", [insert_user, commits, commits_by_sql, commits_by_with, commits_by_script]
+)
+def test_a_bad_message_undoes_its_task_and_nobody_else_notices(db, handler):
+    started = threading.Barrier(3)
+
+    def work(task, q):
+        started.wait(WAIT)  # so that their messages meet in one batch, more often than not
+        q.put(User(f"{task}-1", "x"))
+        q.put(User(f"{task}-2", None if task == "bad" else "x"))
+        q.put(User(f"{task}-3", "x"))
+
+    result = run(["a", "bad", "c"], db, work, workers=3, schema=USERS, handlers={User: handler}, check=False)
+    assert (result.done, result.error) == (2, 1)
+    assert rows(db, "SELECT key FROM users ORDER BY key") == [(f"{n}-{i}",) for n in "ac" for i in (1, 2, 3)]
+    assert rows(db, "SELECT status, message FROM task_runs WHERE name = 'bad'") == [
+        ("error", "IntegrityError: NOT NULL constraint failed: users.name")
+    ]
+
+
+@pytest.mark.parametrize("how", ["rollback()", "execute()", "with"])
+def test_a_handler_that_rolls_back_fails_its_task_and_no_other(db, how):
+    def handler(conn, user):
+        insert_user(conn, user)
+        if user.key == "bad" and how == "with":
+            with conn:
+                raise LookupError("for this")
+        elif user.key == "bad":
+            conn.rollback() if how == "rollback()" else conn.execute("ROLLBACK")
+
+    result = run(
+        ["a", "bad", "c"],
+        db,
+        lambda t, q: q.put(User(t, "x")),
+        schema=USERS,
+        handlers={User: handler},
+        check=False,
+    )
+    said = "LookupError: for this" if how == "with" else "MessageRefused: a handler rolled back"
+    assert result.failures[0].message.startswith(said)
+    assert rows(db, "SELECT key FROM users ORDER BY key") == [("a",), ("c",)]
+    assert [row[2] for row in rows(db)] == ["done", "error", "done"]
+
+
+def test_a_subclass_that_overrides_handle_sees_every_message(db):
+    seen = []
+
+    class Mine(SQLiteWriter):
+        def handle(self, message):
+            seen.append(type(message))
+            if isinstance(message, User):
+                insert_user(self.conn, message)
+            else:
+                super().handle(message)
+
+    run(["a"], db, lambda t, q: q.put(User(t, "x")), schema=USERS, writer=Mine)
+    assert rows(db, "SELECT * FROM users") == [("a", "x")]
+    assert seen[:3] == [MsgTaskStarted, User, MsgTaskFinished]
+
+
+def test_a_subclass_of_a_message_class_goes_to_its_handler(db):
+    class Admin(User):
+        pass
+
+    run(["a"], db, lambda t, q: q.put(Admin(t, "x")), schema=USERS, handlers={User: insert_user})
+    assert rows(db, "SELECT * FROM users") == [("a", "x")]
+
+
+@pytest.mark.parametrize(
+    "handlers, error",
+    [({"x": insert_user}, TypeError), ({User: 3}, TypeError), ({MsgTaskStarted: print}, ValueError)],
+)
+def test_handlers_that_cannot_work_are_an_error_at_once(db, handlers, error):
+    with pytest.raises(error, match="handlers="):
+        run([1], db, nothing, handlers=handlers)
+    assert not db.exists()
+
+
+def test_task_rows_never_fire_a_cascade_of_the_users_own_tables(db):
+    schema = """CREATE TABLE IF NOT EXISTS made(task INTEGER REFERENCES task_runs(id) ON DELETE CASCADE)"""
+    stored = threading.Event()
+
+    class Shown(Recorder):
+        def update(self, message):
+            stored.set()
+
+    def work(task, q):
+        assert stored.wait(WAIT)  # the row is committed as running, so that its finish changes it
+        q.put(MsgExecute("INSERT INTO made VALUES (?)", (q.task_id,)))
+
+    run(["a"], db, work, schema=schema, progress=Shown())
+    run(["a"], db, nothing, schema=schema)
+    assert rows(db, "SELECT * FROM made") == [(1,)]
+
+
+def hold(path, seconds, mode="EXCLUSIVE"):
+    """Another process that holds the database's lock, from when this returns, for some seconds."""
+    program = (
+        "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        f"c.execute('BEGIN {mode}'); print('held', flush=True); time.sleep({seconds}); c.execute('ROLLBACK')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline().strip() == b"held"
+    return process
+
+
+def end(process):
+    process.kill()
+    process.wait(WAIT)
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_a_foreign_lock_is_waited_out_with_a_warning(db, caplog, wal):
+    run(["a"], db, nothing, wal=wal)
+    process = hold(db, 1.2)
+    try:
+        run(["b", "c"], db, nothing, wal=wal)
+    finally:
+        end(process)
+    assert [row[2] for row in rows(db)] == ["done"] * 2
+    assert "database is locked; waiting up to 300 s" in caplog.text
+
+
+def test_a_foreign_lock_that_stays_ends_the_run_with_one_clear_error(db):
+    def work(task, q):
+        if task == 1:
+            holders.append(hold(db, 60))
+        q.put(User(task, "x"))
+
+    holders = []
+    try:
+        with pytest.raises(
+            pipeloom.WriterFailed, match="database is locked, still after .* pass a longer busy_timeout="
+        ):
+            run(
+                range(3000),
+                db,
+                work,
+                workers=4,
+                schema=USERS,
+                handlers={User: lambda c, m: None},
+                busy_timeout=0.5,
+            )
+    finally:
+        end(holders[0])
+    assert rows(db, "PRAGMA integrity_check") == [("ok",)]
+
+
+class Failing:
+    """A connection whose Nth statement of the kind raises an error of SQLite."""
+
+    def __init__(self, conn, nth, error):
+        self.conn, self.left, self.error = conn, nth, error
+
+    def execute(self, *arguments):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.conn.execute(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.conn, name)
+
+
+@pytest.mark.parametrize("text", ["database or disk is full", "database is locked", "SQL logic error"])
+def test_whichever_statement_fails_the_run_ends_honestly(tmp_path, text):
+    """SQLite's own anomaly method: let the 1st, 2nd, 3rd... statement fail until a run gets through."""
+    for nth in range(1, 200):
+        path = tmp_path / f"{nth}.db"
+
+        class Anomaly(SQLiteWriter):
+            def _open(self, nth=nth):
+                super()._open()
+                if not hasattr(self, "failing"):
+                    self.failing = Failing(self.conn, nth, sqlite3.OperationalError(text))
+                    self.conn = self.failing
+
+        try:
+            run(list("abc"), path, lambda t, q: q.put(User(t, "x")), writer=Anomaly, schema=USERS,
+                handlers={User: insert_user}, workers=1)  # fmt: skip
+            failed = False
+        except pipeloom.PipeloomError:
+            failed = True
+        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+        done = {name for _, name, status in rows(path) if status == "done"}
+        assert {key for (key,) in rows(path, "SELECT key FROM users")} == done
+        if not failed:
+            assert done == set("abc")
+            if nth > 40:
+                break
+    else:
+        pytest.fail("no run got through")
+
+
+def test_the_writer_dies_and_no_worker_stays_blocked(db):
+    class Dies(SQLiteWriter):
+        def _store(self, batch):
+            raise MemoryError("no memory for the batch")
+
+    def work(task, q):
+        for step in range(100):
+            q.put(MsgTaskProgress(q.task_id + 1000, step, 100))
+
+    with pytest.raises(pipeloom.WriterFailed, match="gave up: MemoryError: no memory for the batch"):
+        run(range(5_000), db, work, workers=4, writer=Dies)
+
+
+def test_one_task_is_one_row_however_many_messages_it_sent(db):
+    statements = []
+
+    class Counting(SQLiteWriter):
+        def _write_task_rows(self):
+            statements.append(len(self._pending))
+            super()._write_task_rows()
+
+    def work(task, q):
+        for step in range(1, 1001):
+            q.put(MsgTaskProgress(1, step, 1000, f"step {step}"))
+
+    run([Task(1, "one")], db, work, writer=Counting)
+    assert set(statements) == {1}
+    assert rows(db, "SELECT progress, message, attempts FROM task_runs") == [(1.0, "", 1)]
+
+
+# ---- Progress ------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=60), st.integers(0, 50))
+@settings(max_examples=300, deadline=None)
+def test_any_name_fits_its_width_and_holds_no_control_character(text, width):
+    line = pipeloom._fit(text, width)
+    assert pipeloom._width(line) == width
+    assert line.isprintable() or not line
+
+
+@given(st.lists(st.tuples(st.text(max_size=50), st.floats(0, 2), st.text(max_size=50))), st.integers(1, 200))
+@settings(max_examples=200, deadline=None)
+def test_no_line_is_wider_than_the_window(bars, width):
+    style = pipeloom._Style(io.StringIO())
+    style.colour = False
+    shown = [pipeloom._Bar(name, total, 1, text) for name, total, text in bars]
+    for line, cells in pipeloom._lines(shown, width, style):
+        assert pipeloom._width(line) == cells <= max(width - 1, 0)
+
+
+def test_the_overall_bar_and_as_many_running_ones_as_fit_are_shown():
+    board = pipeloom._Board(io.StringIO())
+    board.total = 10_000
+    for id in range(10_000):
+        board.update(MsgTaskStarted(id, f"task-{id}", "now"))
+    board.update(MsgTaskFinished(0, "error", "now"))
+    for room in range(2, 12):
+        bars = board.bars(room)
+        assert len(bars) == room and bars[0].name == "All tasks" and "1 failed" in bars[0].text
+    assert bars[-1].name == "+9,990 more"
+    assert len(board.bars(1)) == 1 and len(board.bars(20_000)) == 10_000
+
+
+def test_nothing_is_shown_before_it_is_committed(db):
+    display = Recorder(db)
+    run(["a", "b"], db, lambda t, q: q.progress(1, 2, "half"), progress=display)
+    assert display.told[0] == ("start", 2) and display.told[-1][0] == "stop" and display.told[-1][1].done == 2
+    kinds = {MsgTaskStarted: "running", MsgTaskProgress: "running", MsgTaskFinished: "done"}
+    assert len(display.stored) == len(display.messages()) >= 4
+    for message, (status,) in zip(display.messages(), display.stored):
+        assert status in (kinds[type(message)], "done")
+
+
+@pytest.mark.parametrize("method", ["start", "update", "stop"])
+def test_a_display_that_raises_harms_nothing(db, method, caplog):
+    display = Recorder()
+    setattr(display, method, lambda *_: 1 / 0)
+    assert run(["a", "b"], db, nothing, progress=display).done == 2
+    assert "the progress display failed" in caplog.text
+
+
+@pytest.mark.parametrize("progress, error", [("blink", ValueError), (object(), TypeError)])
+def test_an_unknown_progress_is_an_error(db, progress, error):
+    with pytest.raises(error, match="progress="):
+        run([1], db, nothing, progress=progress)
+
+
+def test_without_a_terminal_a_run_writes_one_plain_line_at_its_end(home):
+    done = python("-m", "pipeloom", "demo", "-n", "3", cwd=home, code=0)
+    assert done.stdout == "" and "\x1b" not in done.stderr
+    assert done.stderr.startswith("pipeloom: 3/3  0:00:0") and "3 done in" in done.stderr
+
+
+TERMINAL_PROGRAM = """
+import sys, time, pipeloom
+pipeloom.setup_logging(1)
+def work(task, q):
+    for _ in q.track(range(4)):
+        time.sleep(0.06)
+    print("printed", task)
+    pipeloom.logger.info("logged [/%s]", task)
+names = ["a", "[/b]", "\\u65e5\\u672c", "e\\u0301\\x1b[2J\\n"] + [f"n{i}" for i in range(8)]
+pipeloom.run_pipeline(names, "t.db", workers=int(sys.argv[2]), worker_fn=work, progress=sys.argv[1])
+"""
+
+
+def on_terminal(program, arguments, cwd, size=(24, 80), env=None, act=None):
+    """Run a program on a pty of its own; returns its exit code and all that it wrote there."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    before = termios.tcgetattr(side)
+    process = subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        stdin=side, stdout=side, stderr=side, cwd=str(cwd),
+        env={**os.environ, "TERM": "xterm", "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8", **(env or {})},
+    )  # fmt: skip
+    written = b""
+    try:
+        if act:
+            act(process)
+        os.set_blocking(main, False)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            over = process.poll() is not None
+            try:
+                written += os.read(main, 65536)
+            except OSError:
+                if over:
+                    break
+                threading.Event().wait(0.01)
+        assert termios.tcgetattr(side) == before
+    finally:
+        process.kill()
+        process.wait(WAIT)
+        os.close(main)
+        os.close(side)
+    return process.returncode, written.decode("utf-8", "replace")
+
+
+def screen(text):
+    """What a terminal shows in the end: the lines, after the cursor has gone up and cleared."""
+    lines, row, column = [""], 0, 0
+    for part in re.split(r"(\x1b\[[?\d;]*[A-Za-z]|\r|\n)", text):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.startswith("\x1b["):
+            number = int(re.sub(r"\D", "", part) or 1)
+            if part[-1] == "A":
+                row = max(row - number, 0)
+            elif part[-1] == "J":
+                lines[row:] = [lines[row][:column]]
+            elif part[-1] == "K":
+                lines[row] = "" if number == 2 else lines[row][:column]
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@needs_posix
+@pytest.mark.parametrize("progress", ["ansi", pytest.param("rich", marks=needs_rich)])
+def test_bars_and_log_lines_share_a_terminal_and_only_the_overall_bar_stays(home, progress):
+    (home / "t.py").write_text(TERMINAL_PROGRAM)
+    code, written = on_terminal(["t.py"], [progress, "3"], home)
+    assert code == 0, written
+    shown = screen(written)
+    assert "100%" in shown[-1] and "12/12" in shown[-1]
+    assert sum("%" in line for line in shown) == 1, shown
+    assert sum(line.startswith("printed") for line in shown) == 12
+    assert sum("logged [/" in line for line in shown) == 12
+    assert "25%" in written or "50%" in written  # the running tasks had bars meanwhile
+    assert "\x1b[?25l" not in written or written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+
+
+@needs_posix
+@pytest.mark.parametrize("size", [(5, 20), (1, 1), (2, 3)])
+def test_a_tiny_window_harms_nothing(home, size):
+    (home / "t.py").write_text(TERMINAL_PROGRAM)
+    code, _ = on_terminal(["t.py"], ["ansi", "8"], home, size=size)
+    assert code == 0 and [row[2] for row in rows(home / "t.db")] == ["done"] * 12
+
+
+@needs_posix
+def test_an_ascii_terminal_without_colour_gets_ascii_bars_without_colour(home):
+    env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "NO_COLOR": "1"}
+    code, written = on_terminal(["-m", "pipeloom"], ["demo", "-n", "3"], home, env=env)
+    assert code == 0 and written.isascii() and "###" in written and "\x1b[32m" not in written
+
+
+@needs_posix
+def test_a_dumb_terminal_gets_lines(home):
+    code, written = on_terminal(["-m", "pipeloom"], ["demo", "-n", "3"], home, env={"TERM": "dumb"})
+    assert code == 0 and "\x1b" not in written and "3/3" in written
+
+
+def test_a_closed_stderr_harms_nothing(home):
+    if os.name == "nt":
+        pytest.skip("needs a shell")
+    command = f"'{sys.executable}' -m pipeloom demo -n 3 2>&-"
+    assert subprocess.run(command, shell=True, cwd=str(home), timeout=60).returncode == 0
+    command = f"('{sys.executable}' -m pipeloom demo -n 6; echo $? >code) 2>&1 | head -c 1 >out"
+    subprocess.run(command, shell=True, cwd=str(home), timeout=60)
+    assert (home / "code").read_text() == "0\n"
+
+
+@pytest.mark.parametrize("with_rich", [False, pytest.param(True, marks=needs_rich)])
+def test_the_progress_managers_of_the_original_drive_bars(db, monkeypatch, with_rich):
+    if not with_rich:
+        monkeypatch.setattr(pipeloom, "_rich_console", lambda: None)
+    overall, tasks = pipeloom.make_overall_progress(), pipeloom.make_task_progress()
+    assert isinstance(overall, pipeloom._AnsiProgress) is not with_rich
+    bars = pipeloom.preregister_task_bars(tasks, 3)
+    assert list(bars) == [1, 2, 3] and bars[1] == 0
+    q = queue.Queue()
+    writer = SQLiteWriter(db, q, task_progress=tasks, task_bar_map=bars)
+    with overall:
+        bar = overall.add_task("[cyan]All tasks", total=3)
+        writer.start()
+        q.put(MsgTaskStarted(1, "one", "now"))
+        q.put(MsgTaskProgress(1, 1, 2))
+        q.put(MsgTaskFinished(1, "done", "now"))
+        q.put(MsgTaskProgress(2, 1, 2))
+        q.put(SENTINEL)
+        writer.join(WAIT)
+        overall.advance(bar)
+        overall.refresh()
+    left = tasks.tasks
+    assert len(left) == 2
+    completed = [task.completed for task in (left.values() if isinstance(left, dict) else left)]
+    assert completed == [50, 0]
+
+
+def test_the_log_file_gets_plain_lines(tmp_path, capsys):
+    pipeloom.setup_logging(1, tmp_path / "log")
+    pipeloom.setup_logging(1, tmp_path / "log")
+    try:
+        pipeloom.logger.info("loading [/tmp/x] \x1b")
+        assert capsys.readouterr().err == "INFO     loading [/tmp/x] \x1b\n"
+        assert (tmp_path / "log").read_text().endswith("INFO [pipeloom] loading [/tmp/x] \x1b\n")
+    finally:
+        pipeloom.setup_logging(0)
+        pipeloom._remove_handlers()
+
+
+# ---- Task and context ----------------------------------------------------------------------------------
+
+
+def test_rows_are_stored_if_and_only_if_the_task_is_done(db):
+    def work(task, ctx):
+        ctx.execute("INSERT INTO users VALUES (?, ?)", (f"{task}-1", "x"))
+        ctx.put(User(f"{task}-2", "x"))
+        ctx.executemany("INSERT INTO users VALUES (?, ?)", ([f"{task}-{i}", "x"] for i in range(3, 6)))
+        ctx.upsert("users", [{"key": f"{task}-5", "name": "y"}], key="key")
+        if task == "raises":
+            raise RuntimeError("no")
+        if task == "cancels":
+            raise pipeloom.TaskCancelled("not needed")
+        if task in ("error", "cancelled"):
+            ctx.put(MsgTaskFinished(ctx.task_id, task, "now"))
+
+    names = ["raises", "fine", "error", "cancelled", "cancels"]
+    result = run(names, db, work, workers=2, schema=USERS, handlers={User: insert_user}, check=False)
+    assert (result.done, result.error, result.cancelled) == (1, 2, 2)
+    found = rows(db, "SELECT key, name FROM users ORDER BY key")
+    assert found == [(f"fine-{i}", "y" if i == 5 else "x") for i in range(1, 6)]
+
+
+def test_the_first_finish_counts_and_what_comes_after_it_is_dropped_or_refused(db, caplog):
+    def work(task, ctx):
+        ctx.put(MsgTaskFinished(1, "done", "t1", result="first"))
+        ctx.put(MsgTaskFinished(1, "error", "t2", result="second"))
+        ctx.put(MsgTaskProgress(1, 1, 5))
+        with pytest.raises(pipeloom.MessageRefused, match="task 'one' has finished: User came too late"):
+            ctx.put(User("late", "x"))
+        with pytest.raises(pipeloom.MessageRefused, match="came too late"):
+            ctx.execute("INSERT INTO users VALUES (1, 2)")
+        raise RuntimeError("after all")
+
+    run([Task(1, "one")], db, work, schema=USERS, handlers={User: insert_user})
+    assert rows(db, "SELECT status, result, progress FROM task_runs") == [("done", "first", 1.0)]
+    assert rows(db, "SELECT * FROM users") == []
+    assert "raised after its finish, which counts: RuntimeError: after all" in caplog.text
+
+
+def test_a_worker_keeps_its_own_list_and_may_use_it_again(db):
+    def work(task, ctx):
+        row = ["", "x"]
+        for key in "abc":
+            row[0] = key
+            ctx.execute("INSERT INTO users VALUES (?, ?)", row)
+        ctx.execute("INSERT INTO users VALUES (:key, :name)", {"key": "d", "name": "y"})
+        ctx.execute("UPDATE users SET name = 'z' WHERE key = 'a'")
+
+    run(["t"], db, work, schema=USERS)
+    assert rows(db, "SELECT * FROM users ORDER BY key") == [("a", "z"), ("b", "x"), ("c", "x"), ("d", "y")]
+
+
+def test_rows_of_differing_lengths_are_an_error_and_not_shifted(db):
+    def work(task, ctx):
+        ctx.executemany("INSERT INTO users VALUES (?, ?)", [("a",), ("b", "x", "c")])
+
+    result = run(["t"], db, work, schema=USERS, check=False)
+    assert "Incorrect number of bindings" in result.failures[0].message
+    assert rows(db, "SELECT * FROM users") == []
+
+
+def test_many_rows_of_many_shapes_arrive_whole(db):
+    def work(task, ctx):
+        ctx.executemany(
+            "INSERT OR IGNORE INTO users VALUES (?, ?)", ((str(i % 5000), i) for i in range(10_000))
+        )
+        ctx.executemany("INSERT INTO wide VALUES (?,?,?)", [(i, None, b"x") for i in range(1000)])
+        ctx.executemany("DELETE FROM wide WHERE a = ?", [(i,) for i in range(500)])
+
+    run(["t"], db, work, schema=USERS + "; CREATE TABLE wide(a, b, c)")
+    assert rows(db, "SELECT count(*), sum(key = name) FROM users") == [(5000, 5000)]
+    assert rows(db, "SELECT count(*), min(a), max(a) FROM wide") == [(500, 500, 999)]
+
+
+def test_a_worker_reads_what_is_committed_and_can_change_nothing(db):
+    def work(task, ctx):
+        with ctx.connect() as conn:
+            assert conn.execute("SELECT count(*) FROM users").fetchone() == (0,)
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                conn.execute("INSERT INTO users VALUES (1, 2)")
+
+    odd = db.parent / "a ?#%41é.db"
+    run(["t"], odd, work, schema=USERS)
+    assert sorted(path.name for path in db.parent.iterdir()) == [odd.name]
+
+
+def test_track_passes_items_on_and_says_how_far_they_are(db):
+    display = Recorder()
+    run(["t"], db, lambda t, ctx: [*ctx.track("abc")] == [*"abc"] or 1 / 0, progress=display)
+    assert MsgTaskProgress(1, 3, 3) in display.told
+    run(["t"], db, lambda t, ctx: [*ctx.track(iter("abc"))] == [*"abc"] or 1 / 0)
+
+
+def test_the_result_is_text_as_it_is_and_anything_else_as_json(db):
+    values = ["text", {"a": [1, None]}, None, 7, Path("x")]
+    run(range(5), db, lambda t, ctx: values[t])
+    assert rows(db, "SELECT result FROM task_runs ORDER BY id") == [
+        ("text",), ('{"a": [1, null]}',), (None,), ("7",), ('"x"',),
+    ]  # fmt: skip
+
+
+# ---- Engine --------------------------------------------------------------------------------------------
+
+
+def original_worker(task, q):
+    q.put(MsgTaskStarted(task.task_id, task.name, "2026-01-01T00:00:00+00:00"))
+    try:
+        for step in range(1, task.steps + 1):
+            q.put(MsgTaskProgress(task.task_id, step, task.steps, f"step {step}"))
+        if task.name == "bad":
+            raise ValueError("no good")
+        q.put(MsgTaskFinished(task.task_id, "done", "2026-01-01T00:00:01+00:00", result="ok"))
+    except Exception as e:
+        q.put(MsgTaskFinished(task.task_id, "error", "2026-01-01T00:00:02+00:00", message=str(e)))
+
+
+@pytest.mark.parametrize("order", ["tasks first", "database first", "keywords"])
+def test_a_program_written_for_the_original_runs_unchanged(db, order):
+    tasks = [Task(i, "bad" if i == 2 else f"etl-{i}", steps=3) for i in (0, 1, 2)]
+    options = {"workers": 4, "wal": True, "store_task_status": True, "worker_fn": original_worker}
+    if order == "tasks first":
+        result = run_pipeline(tasks, db, **options)
+    elif order == "database first":
+        result = run_pipeline(db, tasks, **options)
+    else:
+        result = run_pipeline(db_path=db, tasks=tasks, **options)
+    assert (result.done, result.error, result.failures[0].message) == (2, 1, "no good")
+    assert rows(
+        db, "SELECT id, name, status, progress, message, started_at, finished_at, result FROM task_runs"
+    ) == [
+        (0, "etl-0", "done", 1.0, "", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00", "ok"),
+        (1, "etl-1", "done", 1.0, "", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00", "ok"),
+        (2, "bad", "error", 1.0, "no good", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:02+00:00", None),
+    ]
+
+
+def test_any_object_is_a_task(db):
+    class Odd:
+        name = "odd"
+
+    run([{"task_id": 9, "name": "given"}, {"x": 1}, Odd(), "text", Path("a") / "b", 3.5, (1, 2)], db, nothing)
+    assert [row[:2] for row in rows(db)] == [
+        (9, "given"), (10, "task-10"), (11, "odd"), (12, "text"), (13, str(Path("a") / "b")), (14, "3.5"), (15, "task-15"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("boom"),
+        SystemExit(7),
+        KeyboardInterrupt(),
+        MemoryError(),
+        BaseException("base"),
+        RecursionError(),
+    ],
+)
+def test_whatever_a_worker_raises_ends_its_task_only(db, error):
+    def work(task, q):
+        if task == "bad":
+            raise error
+
+    with pytest.raises(
+        pipeloom.PipelineError, match="1 of 3 tasks failed: 'bad': " + type(error).__name__
+    ) as caught:
+        run(["a", "bad", "c"], db, work)
+    assert caught.value.result.done == 2 and caught.value.__cause__ is error
+    assert [row[2] for row in rows(db)] == ["done", "error", "done"]
+    assert type(error).__name__ in rows(db, "SELECT traceback FROM task_runs WHERE id = 2")[0][0]
+
+
+def test_an_exception_whose_text_raises_is_told_all_the_same(db):
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def work(task, q):
+        raise Mute
+
+    assert run([1], db, work, check=False).failures[0].message == "Mute: (its text cannot be shown)"
+
+
+def test_all_failures_are_counted_and_the_first_hundred_kept(db):
+    result = run(range(300), db, lambda t, q: 1 / 0, check=False)
+    assert result.error == 300 and len(result.failures) == 100 and not result.ok and result.total == 300
+
+
+def test_fail_fast_cancels_what_has_not_started(db):
+    def work(task, q):
+        if task == 0:
+            raise RuntimeError("first")
+        started.append(task)
+
+    started = []
+    result = run(range(20_000), db, work, workers=1, fail_fast=True, check=False)
+    assert result.error == 1 and result.cancelled == 20_000 - 1 - result.done > 10_000
+    counts = dict(rows(db, "SELECT status, count(*) FROM task_runs GROUP BY status"))
+    assert counts == {
+        k: v for k, v in [("done", result.done), ("error", 1), ("cancelled", result.cancelled)] if v
+    }
+
+
+def test_known_tasks_are_queued_at_once(db):
+    seen = []
+
+    def work(task, ctx):
+        seen.append(task)
+        if task == 0:
+            with ctx.connect() as conn:
+                while not conn.execute("SELECT 1 FROM task_runs WHERE status = 'running'").fetchone():
+                    ctx.sleep(0.01)
+                counts.update(conn.execute("SELECT status, count(*) FROM task_runs GROUP BY status"))
+
+    counts = {}
+    run(range(50), db, work, workers=1)
+    assert counts == {"running": 1, "queued": 49}
+
+
+def test_tasks_are_pulled_lazily_in_the_calling_thread(db):
+    pulled, ahead = [], []
+
+    def tasks():
+        for number in range(2_000):
+            assert threading.current_thread() is threading.main_thread()
+            pulled.append(number)
+            yield number
+
+    run(tasks(), db, lambda t, q: ahead.append(len(pulled) - t), workers=2)
+    assert len(ahead) == 2_000 and max(ahead) < 80
+
+
+def test_an_iterator_that_raises_ends_the_run_after_what_runs_has_finished(db):
+    def tasks():
+        yield from "ab"
+        raise LookupError("no more files")
+
+    with pytest.raises(LookupError, match="no more files"):
+        run(tasks(), db, nothing)
+    assert {row[2] for row in rows(db)} <= {"done", "cancelled"} and len(rows(db)) == 2
+    assert rows(db, "SELECT status FROM pipeline_runs") == [("error",)]
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks(home):
+    program = """if 1:
+        import pipeloom, resource, sys
+        pipeloom.run_pipeline((n for n in range(int(sys.argv[1]))), "m.db", worker_fn=lambda t, q: None, progress="none", workers=4)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    few = int(python("-c", program, "1000", cwd=home, code=0).stdout)
+    many = int(python("-c", program, "60000", cwd=home, code=0).stdout)
+    assert rows(home / "m.db", "SELECT count(*) FROM task_runs WHERE status = 'done'") == [(60_000,)]
+    assert many < few + 10 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, said",
+    [
+        (
+            ([1], "x.db"),
+            {"workers": 0, "worker_fn": nothing},
+            ValueError,
+            "workers=0: expected a whole number from 1",
+        ),
+        (([1], "x.db"), {"workers": 1.5, "worker_fn": nothing}, ValueError, "workers=1.5"),
+        (([1], "x.db"), {"worker_fn": 3}, TypeError, "worker_fn=3: expected a function"),
+        (([1], "x.db"), {}, TypeError, "worker_fn=None: expected a function"),
+        (("x.db",), {"worker_fn": nothing}, TypeError, "expected"),
+        ((3, "x.db"), {"worker_fn": nothing}, TypeError, "tasks=3: expected an iterable"),
+        (([1], 3), {"worker_fn": nothing}, TypeError, "db_path=3: expected a path"),
+        (
+            ([1], "x.db"),
+            {"worker_fn": nothing, "wrokers": 2},
+            TypeError,
+            "no option wrokers; it has workers, wal",
+        ),
+        (([1], "x.db"), {"worker_fn": nothing, "busy_timeout": -1}, ValueError, "busy_timeout=-1"),
+        (([1], "x.db"), {"worker_fn": nothing, "schema": 3}, TypeError, "schema=3"),
+        (
+            ([Task(1, "a"), Task(1, "b")], "x.db"),
+            {"worker_fn": nothing},
+            ValueError,
+            "task_id 1 is given twice",
+        ),
+        (([Task("x", "a")], "x.db"), {"worker_fn": nothing}, ValueError, "task_id 'x' cannot be stored"),
+        (([Task(2**63, "a")], "x.db"), {"worker_fn": nothing}, ValueError, "task_id 9223372036854775808"),
+    ],
+)
+def test_wrong_use_is_one_clear_error_and_nothing_is_written(
+    tmp_path, monkeypatch, arguments, options, error, said
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=re.escape(said)) as caught:
+        run_pipeline(*arguments, **options)
+    assert isinstance(caught.value, pipeloom.PipeloomError) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_double_id_from_a_generator_is_an_error_and_the_rest_is_stored(db):
+    release = threading.Event()
+
+    def tasks():
+        yield Task(1, "a")
+        yield Task(1, "b")
+
+    def work(task, q):
+        assert release.wait(WAIT)
+
+    timer = threading.Timer(0.1, release.set)
+    timer.start()
+    with pytest.raises(ValueError, match="task_id 1 of task 'b' is taken by 'a'"):
+        run(tasks(), db, work, workers=1)
+    timer.join()
+    assert len(rows(db)) == 1
+
+
+def test_runs_follow_each_other_nest_and_work_in_any_thread(tmp_path):
+    def work(task, q):
+        run([f"{task}-{i}" for i in range(3)], tmp_path / f"{task}.db", nothing)
+
+    thread = threading.Thread(target=lambda: run(["x", "y"], tmp_path / "outer.db", work, workers=2))
+    thread.start()
+    thread.join(WAIT)
+    run(["x", "y"], tmp_path / "outer.db", nothing)
+    assert rows(tmp_path / "outer.db", "SELECT status, done FROM pipeline_runs") == [("done", 2)] * 2
+    assert len(rows(tmp_path / "x.db")) == len(rows(tmp_path / "y.db")) == 3
+
+
+def test_async_functions_are_run(db):
+    async def work(task, ctx):
+        import asyncio
+
+        await asyncio.sleep(0)
+        return f"async {task}"
+
+    run(["a"], db, work)
+    assert rows(db, "SELECT result FROM task_runs") == [("async a",)]
+
+
+def test_an_empty_run_is_done(db):
+    assert run([], db, nothing).ok
+    assert run(iter(()), db, nothing).ok
+
+
+def test_without_task_status_there_are_only_the_users_tables(db):
+    result = run(
+        ["a"],
+        db,
+        lambda t, q: q.put(User(t, "x")),
+        schema=USERS,
+        handlers={User: insert_user},
+        store_task_status=False,
+    )
+    assert result.done == 1
+    assert rows(db, "SELECT name FROM sqlite_master WHERE type = 'table'") == [("users",)]
+
+
+SLEEPER = """
+import sys, time, threading, pipeloom
+def tasks():
+    yield from range(6)
+    if sys.argv[1] == "blocks":
+        print("ready", flush=True)
+        time.sleep(60)
+def work(task, ctx):
+    ctx.execute("INSERT INTO t VALUES (?)", (task,))
+    if task == 1 and sys.argv[1] != "blocks":
+        print("ready", flush=True)
+    if sys.argv[1] == "hangs":
+        time.sleep(60)
+    ctx.sleep(0.6)
+try:
+    pipeloom.run_pipeline(tasks(), "s.db", workers=2, worker_fn=work, schema="CREATE TABLE t(x)", progress="none")
+finally:
+    print("restored", flush=True)
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    "number, times, mode, code",
+    [
+        (signal.SIGINT, 1, "finishes", -signal.SIGINT),
+        (signal.SIGINT, 1, "blocks", -signal.SIGINT),
+        (signal.SIGINT, 2, "hangs", -signal.SIGINT),
+        (signal.SIGTERM, 1, "finishes", -signal.SIGTERM),
+        (signal.SIGHUP, 2, "hangs", -signal.SIGHUP),
+    ],
+)
+def test_a_signal_lets_what_runs_finish_and_a_second_one_leaves_at_once(home, number, times, mode, code):
+    (home / "s.py").write_text(SLEEPER)
+    process = subprocess.Popen(
+        [sys.executable, "s.py", mode],
+        cwd=str(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    for _ in range(times - 1):
+        assert "nothing new starts" in process.stderr.readline()
+        process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    stored = {row[0]: row[2] for row in rows(home / "s.db")}
+    assert set(stored.values()) <= {"done", "cancelled"}
+    done = sorted(int(name) for _, name, status in rows(home / "s.db") if status == "done")
+    assert [x for (x,) in rows(home / "s.db", "SELECT x FROM t ORDER BY x")] == done
+    assert mode != "hangs" or not done
+    assert rows(home / "s.db", "SELECT status FROM pipeline_runs") == [("cancelled",)]
+
+
+@needs_posix
+def test_ctrl_c_is_a_keyboard_interrupt_and_the_handlers_are_back(db):
+    import _thread
+
+    def work(task, q):
+        if task == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        q.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(range(1000), db, work, workers=2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert caught.value.result.done >= 3 and caught.value.result.cancelled > 900
+    assert _thread and {row[2] for row in rows(db)} == {"done", "cancelled"}
+
+
+def test_what_a_killed_run_left_behind_is_marked_by_the_next(home):
+    program = """if 1:
+        import os, pipeloom
+        def work(task, ctx):
+            while task == 1:
+                with ctx.connect() as conn:
+                    if conn.execute("SELECT count(*) FROM task_runs WHERE status = 'done'").fetchone()[0] == 1:
+                        os.kill(os.getpid(), 9)
+        pipeloom.run_pipeline(range(3), "k.db", workers=1, worker_fn=work, progress="none")"""
+    python("-c", program, cwd=home)
+    assert [row[2] for row in rows(home / "k.db")] == ["done", "running", "queued"]
+    run([Task(4, "next")], home / "k.db", nothing)
+    assert [row[2] for row in rows(home / "k.db")] == ["done", "cancelled", "cancelled", "done"]
+    assert rows(home / "k.db", "SELECT message FROM task_runs WHERE id = 2") == [("interrupted",)]
+    assert rows(home / "k.db", "SELECT status FROM pipeline_runs ORDER BY id") == [("cancelled",), ("done",)]
+
+
+# ---- Status and the command line -----------------------------------------------------------------------
+
+
+def cli(*arguments):
+    return pipeloom.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def quiet_root():
+    yield
+    pipeloom._remove_handlers()
+
+
+@pytest.mark.parametrize("how", ["-m pipeloom", "pipeloom.py", "-m repo.vendor.pipeloom", "from a zip"])
+def test_the_demo_works_at_once_in_an_empty_directory(home, how):
+    start = how.split()
+    if how == "-m repo.vendor.pipeloom":
+        (home / "repo" / "vendor").mkdir(parents=True)
+        shutil.move(str(home / "pipeloom.py"), str(home / "repo" / "vendor"))
+    elif how == "from a zip":
+        import zipfile
+
+        with zipfile.ZipFile(str(home / "app.zip"), "w") as file:
+            file.write(str(home / "pipeloom.py"), "pipeloom.py")
+            file.writestr("__main__.py", "import sys, pipeloom; sys.exit(pipeloom.main())")
+        (home / "pipeloom.py").unlink()
+        start = ["app.zip"]
+    done = python(*start, "demo", "--fail", "3", "-n", "8", cwd=home, code=1)
+    assert "5 done, 3 failed" in done.stderr and "RuntimeError: this task was asked to fail" in done.stderr
+    assert sorted(row[2] for row in rows(home / "wal_demo.db")) == ["done"] * 5 + ["error"] * 3
+
+
+def test_the_line_that_the_world_knows_works(home):
+    done = python(
+        "-m", "pipeloom", "demo", "--db", "./wal_demo.db", "--num-tasks", "10", "-vv", cwd=home, code=0
+    )
+    assert "10 done" in done.stderr and "INFO" in done.stderr
+    assert [row[2] for row in rows(home / "wal_demo.db")] == ["done"] * 10
+
+
+USER_FILE = """
+import {module} as pipeloom
+class Row:
+    def __init__(self, x): self.x = x
+def store(conn, row): conn.execute("INSERT INTO t VALUES (?)", (row.x,))
+def work(task, q):
+    if task == "bad": raise ValueError("bad task")
+    q.put(Row(task)); q.put(pipeloom.MsgTaskProgress(q.task_id, 1, 1))
+def main(count=2, bad=False, name="x"):
+    tasks = [f"{{name}}-{{i}}" for i in range(count)] + ["bad"] * bad
+    pipeloom.run_pipeline(tasks, "own.db", worker_fn=work, schema="CREATE TABLE IF NOT EXISTS t(x)", handlers={{Row: store}})
+def broken(): import no_such_module
+class Group: inner = staticmethod(main)
+number = 3
+"""
+
+
+@pytest.mark.parametrize("module", ["pipeloom", "repo.vendor.pipeloom"])
+@pytest.mark.parametrize("target", ["job.py", "job.py:main", "job:main", "job:Group.inner"])
+def test_run_calls_a_function_of_the_users_with_the_users_classes(home, module, target):
+    start = ["-m", "pipeloom"]
+    if module != "pipeloom":
+        (home / "repo" / "vendor").mkdir(parents=True)
+        shutil.move(str(home / "pipeloom.py"), str(home / "repo" / "vendor"))
+        start = ["-m", module]
+    elif target == "job.py":
+        start = ["pipeloom.py"]
+    (home / "job.py").write_text(USER_FILE.format(module=module))
+    arguments = ["--arg", "count=3", "--arg", "name=y", "--db", "mine.db", "-w", "2"]
+    done = python(*start, "run", target, *arguments, cwd=home, code=0)
+    assert "3 done in" in done.stderr and "mine.db" in done.stderr
+    assert sorted(rows(home / "mine.db", "SELECT x FROM t")) == [("y-0",), ("y-1",), ("y-2",)]
+    assert not (home / "own.db").exists()
+
+
+def test_run_tells_failures_by_their_cause(home):
+    (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
+    done = python("-m", "pipeloom", "run", "job.py", "--arg", "bad=true", cwd=home, code=1)
+    assert "2 done, 1 failed" in done.stderr and "ValueError: bad task: bad" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
+    (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
+    done = python("-m", "pipeloom", "run", "job.py", "--dry-run", cwd=home, code=0)
+    assert done.stdout == "x-0\nx-1\n" and not (home / "own.db").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["run", "nowhere.py"], "there is no file 'nowhere.py'"),
+        (["run", "no_such_module_x:main"], "cannot be imported: No module named 'no_such_module_x'"),
+        (["run", "json:nothing"], "'json' has no 'nothing'"),
+        (["run", "json"], "target 'json': expected package.module:name, file.py:name or file.py"),
+        (["run", "math:pi"], "which cannot be called; name a function"),
+        (["run", "json:dumps", "--arg", "novalue"], "--arg 'novalue': expected KEY=VALUE"),
+        (["status", "--db", "missing.db"], "database 'missing.db' does not exist"),
+        (["demo", "-n", "0"], "'0': expected a whole number from 1"),
+        (["demo", "-n", "-3"], "'-3': expected a whole number from 1"),
+        (["demo", "-w", "0"], "'0': expected a whole number from 1"),
+        (["demo", "--db", "no/such/dir.db"], "there is no directory"),
+        (["demo", "--db", "."], "is a directory"),
+        (["init-db", "--db", "no/such/dir.db"], "there is no directory"),
+        (["status", "--limit", "x"], "'x': expected a whole number from 1"),
+        (["dance"], "invalid choice: 'dance'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, quiet_root, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        code = cli(*arguments)
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2 and said in err and err.count("\n") == 1 and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_shows_counts_the_last_run_and_the_latest_tasks(db, capsys, quiet_root):
+    run(["a", "bad", "c"], db, lambda t, q: 1 / (t != "bad"), check=False)
+    assert cli("status", "--db", db) == 0
+    out = capsys.readouterr().out
+    assert "2 done, 1 error" in out and "last run: error" in out and "ZeroDivisionError" in out
+    assert cli("status", "--db", db, "--failed", "--json", "-n", 5) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["counts"] == {"done": 2, "error": 1} and status["run"]["done"] == 2
+    assert [task["name"] for task in status["tasks"]] == ["bad"]
+    assert cli("status", "--db", db, "--watch") == 0  # the run has ended, so this does too
+
+
+def test_status_reads_a_live_run_without_holding_it_up(db, capsys, quiet_root):
+    seen = []
+
+    def work(task, ctx):
+        with ctx.connect() as conn:
+            while not conn.execute("SELECT 1 FROM task_runs WHERE status = 'running'").fetchone():
+                ctx.sleep(0.01)
+        seen.append(pipeloom.read_status(str(db)))
+
+    run(["a"], db, work)
+    assert seen[0]["run"]["status"] == "running" and seen[0]["tasks"][0]["status"] == "running"
+
+
+def test_status_refuses_what_is_no_database_of_pipeloom(tmp_path, capsys, quiet_root):
+    sqlite3.connect(str(tmp_path / "empty.db")).execute("CREATE TABLE x(y)").connection.close()
+    (tmp_path / "text.db").write_text("no database" * 100)
+    for name in ("empty.db", "text.db"):
+        assert cli("status", "--db", tmp_path / name) == 2
+        assert "has no status" in capsys.readouterr().err
+
+
+def test_init_db_makes_the_tables(db, quiet_root):
+    assert cli("init-db", "--db", db) == 0
+    assert cli("status", "--db", db) == 0
+
+
+@needs_posix
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_exit_code_of_the_command_line_names_the_signal(home, number, code):
+    (home / "s.py").write_text(
+        SLEEPER.replace("try:", "def main():").replace("finally:", "if 0:").replace("sys.argv[1]", "'x'")
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeloom", "run", "s.py"], cwd=str(home), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, universal_newlines=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert "done, " in errors and "Traceback" not in errors
+
+
+# ---- README and examples -------------------------------------------------------------------------------
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)
+
+
+def test_the_first_program_of_the_readme_runs(home):
+    (home / "program.py").write_text(readme_blocks("python")[0])
+    python("program.py", cwd=home, code=0)
+    (database,) = home.glob("*.db")
+    assert {row[2] for row in rows(database)} == {"done"}
+
+
+def test_every_program_of_the_readme_compiles():
+    for block in readme_blocks("python"):
+        compile(block, "README.md", "exec")
+
+
+def example(name, *arguments, cwd, code=0):
+    env = {"PYTHONPATH": str(HERE)}
+    return python(HERE / "examples" / name, *arguments, cwd=cwd, code=code, env=env)
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in (HERE / "examples").glob("*.py")} == {"load_csv.py"}
+
+
+def test_load_csv_stores_every_line_of_the_installed_packages_once(tmp_path):
+    for _ in range(2):
+        done = example("load_csv.py", cwd=tmp_path)
+        files, lines = map(int, re.search(r"(\d+) files.* hold (\d+) lines", done.stdout).groups())
+        assert rows(tmp_path / "load_csv.db", "SELECT count(DISTINCT file), count(*) FROM line") == [
+            (files, lines)
+        ]
+        assert files >= 1 and lines > 100
+
+
+def test_load_csv_loads_a_folder_and_a_second_run_changes_nothing(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.csv").write_text("x,1\ny,2\n", encoding="utf-8")
+    (folder / "b.csv").write_text('"multi\nline",3\n', encoding="utf-8")
+    (folder / "empty.csv").write_text("", encoding="utf-8")
+    (folder / "note.txt").write_text("no csv", encoding="utf-8")
+    found = []
+    for _ in range(2):
+        example("load_csv.py", folder, cwd=tmp_path)
+        found.append(rows(tmp_path / "load_csv.db", "SELECT * FROM line ORDER BY file, number"))
+    assert found[0] == found[1] and len(found[0]) == 3
+    example("load_csv.py", tmp_path / "missing", cwd=tmp_path, code=2)
+
+
+def test_the_version_in_pyproject_is_read_from_the_module():
+    text = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in text and "pipeloom.__version__" in text
