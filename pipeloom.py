@@ -378,7 +378,10 @@ VARIABLES = 999  # in one statement; newer SQLites take more
 # The codes of errors that may pass: BUSY LOCKED NOMEM INTERRUPT IOERR FULL CANTOPEN, and their texts for
 # Pythons before 3.11, which do not tell the code.
 PASSING_CODES = frozenset({5, 6, 7, 9, 10, 13, 14})
-PASSING_TEXTS = ("locked", "busy", "out of memory", "interrupted", "disk i/o", "is full", "unable to open")
+PASSING_TEXTS = (
+    "database is locked", "database table is locked", "database schema is locked", "out of memory",
+    "interrupted", "disk i/o error", "database or disk is full", "unable to open database file",
+)  # fmt: skip
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -387,11 +390,11 @@ def _is_passing(error: BaseException) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None:
         return code & 0xFF in PASSING_CODES
-    return any(text in str(error).lower() for text in PASSING_TEXTS)
+    return str(error).lower().startswith(PASSING_TEXTS)
 
 
 def _is_lock(error: BaseException) -> bool:
-    return "locked" in str(error) or "busy" in str(error)
+    return "locked" in str(error)
 
 
 def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
@@ -724,7 +727,7 @@ class SQLiteWriter(threading.Thread):
             MsgTaskFinished: self._on_finished,
             MsgExecute: self._on_execute,
         }
-        self._engine_messages: dict[type, Callable[[Any], object]] = {
+        self._engine_messages: dict[type, Callable[[Any], None]] = {
             _MsgQueued: self._on_queued,
             _MsgRunEnded: self._on_run_ended,
         }
@@ -784,9 +787,7 @@ class SQLiteWriter(threading.Thread):
             return error
         if not self.opened.is_set() and isinstance(error, sqlite3.Error):
             return DatabaseError(self.db_path, f"cannot be used: {error}", "restore it or use another file")
-        failure = WriterFailed(
-            self.db_path, _describe(error), "mend the cause and run again with resume=True"
-        )
+        failure = WriterFailed(self.db_path, _describe(error), "mend the cause and run again")
         failure.__cause__ = error
         return failure
 
@@ -853,18 +854,37 @@ class SQLiteWriter(threading.Thread):
         finally:
             self._ours = False
 
-    # One batch, one transaction: first as a whole, then, if a message is bad, message by message.
+    # One batch, one transaction
 
     def _store(self, batch: list[Item]) -> None:
-        bad = False
+        """Commit a batch; one with a bad message in it in halves, until that message is alone."""
+        bad: Exception | None = None
         try:
-            self._patiently(self._transaction, batch, self._apply)
+            self._patiently(self._transaction, batch)
         except WriterFailed:
             raise
-        except Exception:
-            bad = True
-        if bad:
-            self._patiently(self._transaction, batch, self._apply_alone)
+        except Exception as error:
+            bad = error
+        if bad is None:
+            self._acknowledge()
+        elif len(batch) > 1:
+            self._store(batch[: len(batch) // 2])
+            self._store(batch[len(batch) // 2 :])
+        else:
+            self._reject(*batch[0], _reason(bad))
+
+    def _reject(self, sender: TaskContext | None, message: Any, error: Exception) -> None:
+        """A message cannot be stored: its task ends as `error`, and nobody else notices."""
+        if type(message) in self._engine_messages:
+            raise error
+        if sender is None:
+            logger.error("message refused: %s, in %.200r", _describe(error), message)
+            return
+        sender.record(error)
+        finish = MsgTaskFinished(sender.task_id, ERROR, _now(), None, _text(_describe(error)))
+        self._patiently(self._transaction, [(sender, finish)])
+        sender.rejected = sender.closed = True
+        sender.cancel(f"refused: {_describe(error)}")
         self._acknowledge()
 
     def _patiently(self, step: Callable[..., None], *args: Any) -> None:
@@ -896,17 +916,15 @@ class SQLiteWriter(threading.Thread):
             if _is_lock(error)
             else "make room on the disk or mend it"
         )
-        return WriterFailed(
-            self.db_path, f"{error}, still after {waited:.1f} s", f"{cure}, then run again with resume=True"
-        )
+        return WriterFailed(self.db_path, f"{error}, still after {waited:.1f} s", f"{cure}, then run again")
 
-    def _transaction(self, batch: list[Item], apply: Callable[[TaskContext | None, Any], None]) -> None:
-        # 1. Forget what an earlier try of this batch meant to do.
+    def _transaction(self, batch: list[Item]) -> None:
+        # 1. Forget what an earlier try meant to do.
         self._forget_transaction()
         # 2. Apply every message: rows of the user's own now, task rows in memory.
         self._own(BEGIN)
         for sender, message in batch:
-            apply(sender, message)
+            self._apply(sender, message)
         # 3. Write each task's row once, however many messages it had, and commit.
         if self.store and self._pending:
             self._write_task_rows()
@@ -916,12 +934,11 @@ class SQLiteWriter(threading.Thread):
         self._pending: dict[int, _TaskRow] = {}  # task rows that this transaction writes
         self._news: dict[tuple[int, type], Any] = {}  # what the display is told after the commit
         self._settled: list[tuple[TaskContext, str, str]] = []  # and the engine: context, status, message
-        self._rejected: dict[TaskContext, BaseException] = {}
 
     def _apply(self, sender: TaskContext | None, message: Any) -> None:
         self._sender = sender
         if sender is not None:
-            if sender.rejected or sender in self._rejected:
+            if sender.rejected:
                 return  # a message of this attempt was bad, and that has ended it
             if message is None:  # progress: only the newest counts, and the context has it
                 sender.has_news = False
@@ -929,30 +946,12 @@ class SQLiteWriter(threading.Thread):
             elif type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
                 for held in sender.held:
                     self.handle(held)
-        if type(message) in self._engine_messages:
-            self._engine_messages[type(message)](message)
-        else:
-            self.handle(message)
-
-    def _apply_alone(self, sender: TaskContext | None, message: Any) -> None:
-        self.conn.execute("SAVEPOINT message")
-        try:
-            self._apply(sender, message)
-        except Exception as error:
-            if _is_passing(error) or not self.conn.in_transaction:
-                raise  # no message's fault: the whole batch again
-            self.conn.execute("ROLLBACK TO message")
-            self._reject(sender, message, _reason(error))
-        self.conn.execute("RELEASE message")
-
-    def _reject(self, sender: TaskContext | None, message: Any, error: Exception) -> None:
-        if sender is None:
-            logger.error("message refused: %s, in %.200r", _describe(error), message)
-            return
-        self._sender = sender
-        sender.record(error)
-        self._on_finished(MsgTaskFinished(sender.task_id, ERROR, _now(), None, _text(_describe(error))))
-        self._rejected[sender] = error
+        elif type(message) in self._engine_messages:
+            return self._engine_messages[type(message)](message)
+        elif type(message) in CHECKS:  # from a plain queue, whose put() checks nothing
+            message = CHECKS[type(message)](message)
+        self.handle(message)
+        return None
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
@@ -962,9 +961,6 @@ class SQLiteWriter(threading.Thread):
             else:
                 self._rows.pop(id, None)
         self.last_id = max(self.last_id, max(self._pending, default=self.last_id))
-        for sender, error in self._rejected.items():
-            sender.rejected = sender.closed = True
-            sender.cancel(f"refused: {_describe(error)}")
         if self.display is not None:
             self._show()
         if self.run_of is not None and self._settled:
