@@ -84,7 +84,7 @@ __version__ = "1.0.0"
 __all__ = [
     "SENTINEL", "DatabaseError", "DemoTask", "MessageRefused", "Msg", "MsgExecute", "MsgTaskFinish",
     "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted", "PipelineError",
-    "PipeloomError", "Progress", "RunResult", "SQLiteWriter", "Task", "TaskCancelled", "TaskContext",
+    "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task", "TaskCancelled", "TaskContext",
     "TaskDef", "UsageError", "UsageTypeError", "WriterFailed", "__version__", "connect", "console",
     "demo_worker", "init_schema", "logger", "main", "make_overall_progress", "make_task_progress",
     "preregister_task_bars", "run_pipeline", "setup_logging", "wal_checkpoint",
@@ -125,6 +125,14 @@ class WriterFailed(PipeloomError):
 
     def __init__(self, path: str, what: str, cure: str) -> None:
         super().__init__(f"the writer of database {path!r} gave up: {what}; {cure}")
+        self.path = path
+
+
+class RunInProgress(PipeloomError):
+    """Another run holds the database. Nothing was started or written; `path` names the database."""
+
+    def __init__(self, path: str, holder: str) -> None:
+        super().__init__(f"database {path!r} is held by {holder}; wait for its end, or use another file")
         self.path = path
 
 
@@ -364,6 +372,7 @@ FINISH_RUN = (
     "UPDATE pipeline_runs SET finished_at = ?, status = ?, done = ?, error = ?, cancelled = ?, skipped = ?"
     " WHERE id = ?"
 )
+HOLDER = "SELECT pid, host, started_at FROM pipeline_runs WHERE status = 'running' ORDER BY id DESC LIMIT 1"
 MARK_INTERRUPTED = (  # what a run that died left behind
     "UPDATE task_runs SET status = 'cancelled', message = 'interrupted', finished_at = ?"
     " WHERE status IN ('queued', 'running')",
@@ -520,6 +529,46 @@ def _check_contents(path: str) -> None:
         conn.close()
 
 
+class _RunLock:
+    """One run per database: an exclusive transaction on an empty side file, for as long as the run lasts.
+
+    That is a lock of the kernel's, on every system that SQLite knows, which ends with the process however
+    that ends and which no forked child inherits. The file stays: to remove it would race with the next run.
+    To be made and released by the thread that runs the pipeline.
+    """
+
+    def __init__(self, db_path: str) -> None:
+        self._conn: sqlite3.Connection | None = None
+        if db_path == ":memory:":
+            return
+        conn = sqlite3.connect(os.path.realpath(db_path) + "-lock", timeout=0, isolation_level=None)
+        try:
+            conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
+            conn.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            conn.close()
+            if not _is_lock(error):
+                raise DatabaseError(db_path, f"cannot be locked: {error}", "use a file elsewhere") from error
+            raise RunInProgress(db_path, _holder(db_path)) from None
+        self._conn = conn
+
+    def release(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
+
+
+def _holder(db_path: str) -> str:
+    try:
+        conn = _connect_readonly(db_path)
+        try:
+            row = conn.execute(HOLDER).fetchone()
+        finally:
+            conn.close()
+    except sqlite3.Error:  # it is about to be made, or keeps no status
+        row = None
+    return "process {} on {}, since {}".format(*row) if row else "another run"
+
+
 # ---- Channel: the bounded way from the workers to the writer -------------------------------------------
 
 
@@ -541,14 +590,16 @@ class Channel:
         self._closed = False
         self.failure: BaseException | None = None
 
-    def put(self, sender: TaskContext | None, message: Any, weight: int = 1, last: bool = False) -> bool:
+    def put(
+        self, sender: TaskContext | None, message: Any, weight: int = 1, last: bool = False, wait: bool = True
+    ) -> bool:
         """Hand over a message, waiting while the channel is full; False if the sender is closed.
 
         `last` closes the sender with this message, in one step: whoever comes first (the worker, its
         deadline, a second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
         """
         with self._lock:
-            while self._weight >= self._limit and self.failure is None:
+            while wait and self._weight >= self._limit and self.failure is None:
                 self._room.wait(0.5)
             if self.failure is not None:
                 raise self.failure
@@ -715,7 +766,7 @@ class SQLiteWriter(threading.Thread):
         self.conn: sqlite3.Connection = None  # type: ignore[assignment]
         self.error: BaseException | None = None
         self.opened = threading.Event()  # set once the database is open, or `error` says why not
-        self.hurry = threading.Event()  # set to end every wait for a lock or a disk at once
+        self.hurried = False  # set, by a signal handler too, to end the wait for a lock or a disk
         self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
         self._ours = False  # a transaction statement is the writer's own; see _authorize
         self._rows: dict[int, _TaskRow] = {}  # committed rows of tasks that run
@@ -754,7 +805,8 @@ class SQLiteWriter(threading.Thread):
     def run(self) -> None:
         """The thread's life: open, commit batch after batch, close."""
         try:
-            _check_database(self.db_path)
+            if self.run_of is None:  # a run has done so
+                _check_database(self.db_path)
             self._patiently(self._open)
             self.opened.set()
             while True:
@@ -783,9 +835,10 @@ class SQLiteWriter(threading.Thread):
             raise self.error
 
     def _failure(self, error: BaseException) -> BaseException:
-        if isinstance(error, PipeloomError):
+        opening = not self.opened.is_set()
+        if isinstance(error, WriterFailed) or (opening and isinstance(error, PipeloomError)):
             return error
-        if not self.opened.is_set() and isinstance(error, sqlite3.Error):
+        if opening and isinstance(error, sqlite3.Error):
             return DatabaseError(self.db_path, f"cannot be used: {error}", "restore it or use another file")
         failure = WriterFailed(self.db_path, _describe(error), "mend the cause and run again")
         failure.__cause__ = error
@@ -901,14 +954,14 @@ class SQLiteWriter(threading.Thread):
                     raise
                 waited = time.monotonic() - began
                 patience = self.busy_timeout if _is_lock(error) else min(DISK_PATIENCE, self.busy_timeout)
-                if waited >= patience or self.hurry.is_set():
+                if waited >= patience or self.hurried:
                     raise self._out_of_patience(error, waited) from error
                 if not warned and waited > 0.5:
                     warned = True
                     logger.warning(
                         "database %r: %s; waiting up to %g s for that to pass", self.db_path, error, patience
                     )
-            self.hurry.wait(0.05)
+            time.sleep(0.05)
 
     def _out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
         cure = (
@@ -1047,18 +1100,10 @@ class SQLiteWriter(threading.Thread):
         row.run_id = self.run_id
         if m.status == DONE:
             row.progress = 1.0
-        if sender is None:
-            self._news[m.task_id, MsgTaskFinished] = m
-            return
-        row.traceback = sender.traceback
-        if m.status == ERROR and sender.may_retry():
-            row.status = QUEUED
-            self._news[m.task_id, MsgTaskProgress] = MsgTaskProgress(
-                m.task_id, 0, 0, f"to retry: {m.message}"
-            )
-        else:
-            self._news[m.task_id, MsgTaskFinished] = m
-        self._settled.append((sender, row.status, m.message))
+        self._news[m.task_id, MsgTaskFinished] = m
+        if sender is not None:
+            row.traceback = sender.traceback
+            self._settled.append((sender, m.status, m.message))
 
     def _on_execute(self, m: MsgExecute) -> None:
         if not m.many:
@@ -1200,8 +1245,8 @@ class _Board(Progress):
 
     def _tick(self) -> None:
         try:
-            self._open()
             try:
+                self._open()
                 while not self._over.wait(self.interval):
                     self._draw()
             finally:
@@ -1266,9 +1311,10 @@ class _AnsiBars(_Board):
 
     def _open(self) -> None:
         self.screen = _Screen(self.stream)
-        self.screen.open(
-            lambda width, height: _lines(self.bars(height - 1)[: height - 1], width, self.screen.style)
-        )
+        self.screen.open(self._render)
+
+    def _render(self, width: int, height: int) -> list[tuple[str, int]]:
+        return _lines(self.bars(height - 1)[: height - 1], width, self.screen.style)
 
     def _draw(self) -> None:
         self.screen.draw()
@@ -1278,42 +1324,35 @@ class _AnsiBars(_Board):
         self.screen.close(keep=True)
 
 
-class _RichBars(_Board):
-    """The bars, drawn by Rich: one Live shows all, since two at once fail before Rich 14.1."""
+class _RichBars(_AnsiBars):
+    """The same bars, with Rich to make the lines.
 
-    def _open(self) -> None:
-        from rich.live import Live
+    Not with its Live: two of them at once fail before Rich 14.1, and in all versions bars that come and go
+    are torn where several threads print.
+    """
 
-        self.console = _rich_console()
-        redirect = bool(getattr(sys.stdout, "isatty", bool)())  # a pipe's output is no line above the bars
-        self.live = Live(
-            self, console=self.console, auto_refresh=False, redirect_stdout=redirect, redirect_stderr=True
-        )
-        self.live.start()
-
-    def __rich__(self) -> Any:
+    def _render(self, width: int, height: int) -> list[tuple[str, int]]:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        width = self.console.size.width
+        if width < 30:
+            return super()._render(width, height)
         table = Table.grid(padding=(0, 1))
-        for bar in self.bars(self.console.size.height - 1):
+        for bar in self.bars(height - 1)[: height - 1]:
             fraction = bar.fraction()
-            cells: list[Any] = [Text(_fit(bar.name, min(NAME_WIDTH, width // 3)).rstrip(), no_wrap=True)]
-            if fraction is not None:
-                cells += [ProgressBar(1, fraction, width=max(width // 4, 4)), Text(f"{fraction:4.0%}")]
-            else:
+            cells: list[Any] = [
+                Text(_fit(bar.name, min(_width(bar.name), NAME_WIDTH, width // 3)), no_wrap=True)
+            ]
+            if fraction is None:
                 cells += ["", ""]
-            table.add_row(*cells, Text(_fit(bar.text, width).rstrip(), no_wrap=True, overflow="ellipsis"))
-        return table
-
-    def _draw(self) -> None:
-        self.live.refresh()
-
-    def _close(self) -> None:
-        self.running.clear()
-        self.live.stop()
+            else:
+                cells += [ProgressBar(1, fraction, width=width // 4), Text(f"{fraction:4.0%}")]
+            table.add_row(*cells, Text(_fit(bar.text, min(_width(bar.text), width // 2)), no_wrap=True))
+        console = _rich_console()
+        with console.capture() as capture:
+            console.print(table, width=width - 1)
+        return [(line, width - 1) for line in capture.get().splitlines()]
 
 
 def _clock(seconds: float) -> str:
@@ -1390,7 +1429,7 @@ def _line(bar: _Bar, room: int, names: int, length: int, style: _Style) -> tuple
 class _Screen:
     """A block of lines at the bottom of a terminal; whole lines written meanwhile appear above it.
 
-    `_lock` makes each change of the terminal one piece: erase, write, draw again. Wrapping is off only
+    `lock` makes each change of the terminal one piece: erase, write, draw again. Wrapping is off only
     inside a frame and the cursor is never hidden, so that a process killed at any moment leaves a whole
     terminal behind.
     """
@@ -1398,7 +1437,7 @@ class _Screen:
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.style = _Style(stream)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._drawn: list[int] = []  # the cells of each line that stands there now
         self._render: Callable[[int, int], list[tuple[str, int]]] = lambda width, height: []
         self._stand_ins: list[_Above] = []
@@ -1412,12 +1451,12 @@ class _Screen:
         self.draw()
 
     def draw(self) -> None:
-        with self._lock:
+        with self.lock:
             self._write(self.stream, self._erased() + self._frame())
 
     def above(self, stream: Any, text: str) -> None:
         """Write whole lines to `stream`, above the block."""
-        with self._lock:
+        with self.lock:
             try:
                 self._write(self.stream, self._erased())
             except (OSError, ValueError):  # the bars' stream is gone; that is not this writer's trouble
@@ -1429,7 +1468,7 @@ class _Screen:
     def close(self, keep: bool) -> None:
         for stand_in in self._stand_ins:
             stand_in.leave()
-        with self._lock:
+        with self.lock:
             self._write(self.stream, self._erased() + (self._frame() if keep else ""))
             self._drawn = []
         for stand_in in self._stand_ins:
@@ -1461,7 +1500,7 @@ class _Above:
         setattr(sys, name, self)
 
     def write(self, text: str) -> int:
-        with self._screen._lock:
+        with self._screen.lock:
             me = threading.get_ident()
             lines, newline, rest = (self._rests.pop(me, "") + text).rpartition("\n")
             if rest:
@@ -1783,7 +1822,7 @@ class TaskContext:
     """
 
     __slots__ = (
-        "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed", "deadline",
+        "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed",
         "error", "has_news", "held", "name", "news", "reason", "rejected", "stage", "task", "task_id",
         "traceback",
     )  # fmt: skip
@@ -1799,9 +1838,8 @@ class TaskContext:
         self.attempt = attempt  #: 1 for the first go, 2 for the first retry
         self.closed = False  # nothing is accepted any more; guarded by the channel's lock
         self.rejected = False  # a message of this attempt was bad
-        self.abandoned = False  # timed out: its thread ends when the function returns, if ever
+        self.abandoned = False  # the run was left: its thread ends when the function returns, if ever
         self.reason: str | None = None  # why the task is to stop
-        self.deadline: float | None = None
         self.held: list[Any] = []  # messages that wait for the finish
         self.news: Any = None  # the newest progress
         self.has_news = False  # and it is on its way to the writer
@@ -1876,6 +1914,7 @@ class TaskContext:
             if len(self._group) < self._limit:
                 break
             self._send_group()
+            self._group_sql = sql
 
     def upsert(self, table: str, rows: Iterable[Mapping[str, Any]], key: Any) -> None:
         """Insert mappings of column to value; where `key` (a column or several) is there, update the rest.
@@ -1923,15 +1962,15 @@ class TaskContext:
     def owns(self, message: Any) -> bool:
         return bool(message.task_id == self.task_id)
 
-    def finish(self, message: MsgTaskFinished) -> bool:
+    def finish(self, message: MsgTaskFinished, wait: bool = True) -> bool:
         """End the attempt with this message; False if something else has ended it before.
 
-        The worker calls it, and so do its deadline and the second Ctrl-C, which leave its rows alone: the
-        writer applies those of a done task only.
+        The worker calls it, and so does the second Ctrl-C, which leaves its rows alone: the writer applies
+        those of a done task only.
         """
         if message.status == DONE and not self.closed:
             self._send_group()
-        return self._run.channel.put(self, message, 1 + self._held_rows, last=True)
+        return self._run.channel.put(self, message, 1 + self._held_rows, last=True, wait=wait)
 
     def cancel(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -1944,12 +1983,6 @@ class TaskContext:
         self.error = error
         text = "".join(format_exception(type(error), error, error.__traceback__))
         self.traceback = _text(text if len(text) < 20_000 else f"{text[:10_000]}\n...\n{text[-10_000:]}")
-
-    def may_retry(self) -> bool:
-        return self.attempt <= self.stage.retries and not self._run.stopping
-
-    def next_attempt(self) -> TaskContext:
-        return TaskContext(self._run, self.stage, self.task, self.task_id, self.name, self.attempt + 1)
 
     def _tell(self, message: MsgTaskProgress) -> None:
         self.news = message
@@ -2061,6 +2094,7 @@ class _Settings:
     handlers: Mapping[type, Handler] | None = None
     busy_timeout: float = 300.0
     durable: bool = False
+    atomic: bool = True
     writer: type[SQLiteWriter] = SQLiteWriter
 
     def __post_init__(self) -> None:
@@ -2080,12 +2114,12 @@ class _Stage:
         call: Callable[[TaskContext], object],
         items: Iterable[Any],
         identify: Callable[[Any], tuple[int | None, str | None]],
+        atomic: bool,
     ) -> None:
         self.call = call
         self.items = items
         self.identify = identify
-        self.retries = 0
-        self.atomic = True
+        self.atomic = atomic
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -2127,12 +2161,12 @@ class _Run:
         self._live: dict[int, TaskContext] = {}  # submitted and not settled
         self._counts = dict.fromkeys(FINAL, 0)
         self._next_id = 1
-        self._waiting: Iterator[tuple[int, str]] | None = None  # known tasks, in order
         self._unsubmitted = 0  # known tasks that no worker was given yet
         self._signals: list[int] = []
         self._heeded = 0
         self._leave_at: float | None = None
         self._left = False  # what ran was cancelled
+        self._shown = False  # the display was started
         self._pulling = False  # the calling thread is inside the user's iterator
 
     def _make_writer(self, db_path: str) -> SQLiteWriter:
@@ -2150,10 +2184,13 @@ class _Run:
     def execute(self) -> RunResult:
         """Run all tasks. However it ends, what was accepted is stored and the process is as it was.
 
-        1. open the database, show the display, start the workers; 2. pull tasks until there are none or
-        something stops the run; 3. dismiss the workers; 4. tell the writer how it ended, wait for its last
-        commit; 5. stop the display; 6. restore the signal handlers; 7. return, or raise what stopped it.
+        1. lock and open the database, show the display, start the workers; 2. pull tasks until there are
+        none or something stops the run; 3. dismiss the workers; 4. tell the writer how it ended, wait for
+        its last commit; 5. stop the display; 6. release the lock, restore the signal handlers; 7. return,
+        or raise what stopped it.
         """
+        _check_database(self.writer.db_path)
+        lock = _RunLock(self.writer.db_path)
         previous = self._take_signals()
         failure: BaseException | None = None
         try:
@@ -2165,6 +2202,7 @@ class _Run:
                 self.stopping = self.stopping or f"the run ended: {_describe(error)}"
             failure = self._wind_up(failure)
         finally:
+            lock.release()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         result = self.result()
@@ -2181,8 +2219,7 @@ class _Run:
     def _start(self) -> None:
         self.writer.start()
         while not self.writer.opened.wait(POLL):  # it opens, or fails, within busy_timeout
-            if self._signals:
-                self.writer.hurry.set()
+            self.writer.hurried = bool(self._signals)
         self._check_writer()
         if self.writer.db_path == ":memory:":
             logger.warning("the database is :memory:, so that nothing is left of it after the run")
@@ -2190,23 +2227,23 @@ class _Run:
         self._register()
         try:
             self.display.start(self._total)
+            self._shown = True
         except Exception as error:
             self.writer.display = None
             logger.warning("the progress display failed and is off: %s", _describe(error))
-        for _ in range(self._workers):
-            self._start_worker()
+        self._start_workers()
 
-    def _start_worker(self) -> None:
-        number = len(self._threads) + 1
-        thread = threading.Thread(target=self._work_on, name=f"pipeloom-worker-{number}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:  # the system has no thread left
-            if not self._threads:
-                raise
-            logger.warning("only %d of %d workers could be started: %s", number - 1, self._workers, error)
-        else:
+    def _start_workers(self) -> None:
+        for number in range(self._workers):
+            thread = threading.Thread(target=self._work_on, name=f"pipeloom-worker-{number + 1}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread left
+                if not number:
+                    raise
+                return logger.warning("only %d of %d workers start: %s", number, self._workers, error)
             self._threads.append(thread)
+        return None
 
     def _check_writer(self) -> None:
         if self.writer.error is not None:
@@ -2216,9 +2253,9 @@ class _Run:
         """Tasks that are known now are `queued` rows at once."""
         if self._total is None:
             return
-        for start in range(0, self._total, 10_000):
-            some = self._stage.items[start : start + 10_000]  # type: ignore[index]
-            self.channel.put(None, _MsgQueued([self._identity(item) for item in some]), len(some))
+        known = map(self._identity, self._stage.items)
+        while some := list(islice(known, 10_000)):
+            self.channel.put(None, _MsgQueued(some), len(some))
         self._unsubmitted = self._total
         self._next_id = 1
 
@@ -2283,7 +2320,7 @@ class _Run:
             self._cancel(ctx, self.stopping or "")
 
     def _cancel(self, ctx: TaskContext, reason: str) -> None:
-        ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, reason))
+        ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, reason), wait=False)
 
     # Workers
 
@@ -2397,7 +2434,8 @@ class _Run:
         finally:
             self.channel.close()
             try:
-                self.display.stop(self.result())
+                if self._shown:
+                    self.display.stop(self.result())
             except Exception as error:
                 logger.warning("the progress display failed at its end: %s", _describe(error))
         return failure
@@ -2429,7 +2467,7 @@ class _Run:
         reason = (self.stopping or "never started") if self._unsubmitted or failure else ""
         if self.writer.error is None:
             ended = _MsgRunEnded(status, reason, (counts[DONE], counts[ERROR], counts[CANCELLED], 0))
-            self.channel.put(None, ended)
+            self.channel.put(None, ended, wait=False)
         self.channel.close()
         while self.writer.is_alive():
             threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
@@ -2457,6 +2495,7 @@ class _Run:
     def _on_signal(self, number: int, _: Any) -> None:
         self._signals.append(number)
         self.stopping = self.stopping or "interrupted"
+        self.writer.hurried = len(self._signals) > 2
         if self._pulling:
             self._pulling = False
             raise _Interrupted
@@ -2474,12 +2513,9 @@ class _Run:
                 self._leave_at = now + GRACE if name != "SIGINT" else None
             else:
                 self._leave_at = now
-                if self._heeded > 2:
-                    self.writer.hurry.set()
         if self._leave_at is not None and now >= self._leave_at:
             self._leave_at = now + 2
-            if self._left:
-                self.writer.hurry.set()
+            self.writer.hurried = self._left  # it has had two seconds to store what finished
             self._leave()
 
     def _leave(self) -> None:
@@ -2520,6 +2556,7 @@ def run_pipeline(
     wal=True                 False for file systems where WAL does not work
     busy_timeout=300.0       seconds to wait for another process's lock on the database
     durable=False            True makes each commit survive a power loss too
+    atomic=True              False stores rows as they come, done or not, for loads too big to be held
     writer=SQLiteWriter      a subclass of it
 
     Raises UsageError or UsageTypeError before anything is written, WriterFailed if the database fails
@@ -2543,7 +2580,7 @@ def run_pipeline(
         raise UsageTypeError(
             f"run_pipeline has no option {', '.join(sorted(unknown))}; it has {', '.join(_Settings.__dataclass_fields__)}"
         )
-    stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify)
+    stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify, options.get("atomic", True))
     _check_tasks(tasks)
     if _Session.current is not None:  # the command line's, whose options win
         return _Session.current.run(stage, os.fsdecode(db_path), options)
@@ -2657,7 +2694,7 @@ def _demo_tasks(number: int, failing: int) -> list[Task]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 130 Ctrl-C."""
+    """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 75 in use, 130 Ctrl-C."""
     args = _parser().parse_args(argv)
     setup_logging(getattr(args, "verbose", 0), getattr(args, "log_file", None))
     terminated = {
@@ -2669,9 +2706,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = args.command(args)
         return code
-    except (PipeloomError, ImportError) as error:
+    except PipeloomError as error:
         print(f"pipeloom: {error}", file=sys.stderr)
-        return 1 if isinstance(error, PipelineError) else 2
+        return 75 if isinstance(error, RunInProgress) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head`: stdout is gone, and flushing it at exit would say so

@@ -492,6 +492,61 @@ def test_a_handler_that_rolls_back_fails_its_task_and_no_other(db, how):
     assert [row[2] for row in rows(db)] == ["done", "error", "done"]
 
 
+def test_a_constraint_that_fails_only_at_the_commit_fails_its_task_and_no_other(db):
+    schema = """CREATE TABLE a(id INTEGER PRIMARY KEY);
+        CREATE TABLE b(a INTEGER REFERENCES a(id) DEFERRABLE INITIALLY DEFERRED)"""
+
+    def work(task, ctx):
+        ctx.execute("INSERT INTO b VALUES (?)", (task,))
+        if task != 7:
+            ctx.execute("INSERT INTO a VALUES (?)", (task,))
+
+    result = run(range(20), db, work, schema=schema, check=False, workers=4)
+    assert (result.done, result.error) == (19, 1)
+    assert result.failures[0].message == "IntegrityError: FOREIGN KEY constraint failed"
+    assert (
+        rows(db, "SELECT count(*) FROM a, b ON a.id = b.a") == rows(db, "SELECT count(*) FROM b") == [(19,)]
+    )
+
+
+def test_a_handle_that_raises_after_the_finish_leaves_no_done_behind(db):
+    class Late(SQLiteWriter):
+        def handle(self, message):
+            super().handle(message)
+            if type(message) is MsgTaskFinished and message.task_id == 2 and message.status == "done":
+                raise LookupError("too late")
+
+    result = run(["a", "b", "c"], db, nothing, writer=Late, check=False)
+    assert result.failures[0].message == "LookupError: too late"
+    assert [row[2] for row in rows(db)] == ["done", "error", "done"]
+
+
+@pytest.mark.parametrize("text", ["no such table: locked", "no such column: disk_is_full"])
+def test_an_error_that_only_sounds_like_a_lock_is_not_waited_for(db, text):
+    def handler(conn, user):
+        raise sqlite3.OperationalError(text)
+
+    result = run(["a"], db, lambda t, q: q.put(User(t, t)), handlers={User: handler}, check=False)
+    assert result.failures[0].message == f"OperationalError: {text}"
+
+
+def test_a_plain_queue_is_checked_as_well(db):
+    q = queue.Queue()
+    writer = SQLiteWriter(db, q)
+    writer.start()
+    for message in (
+        MsgTaskStarted(1, None, "now"),
+        MsgTaskProgress(1, float("nan"), 2),
+        MsgTaskStarted("x", "x", "now"),
+        MsgTaskFinished(1, "banana", "now"),
+        MsgTaskFinished(1, "done", "now", result={"a": 1}),
+        SENTINEL,
+    ):
+        q.put(message)
+    writer.join(WAIT)
+    assert rows(db, "SELECT id, status, progress, result FROM task_runs") == [(1, "done", 1.0, '{"a": 1}')]
+
+
 def test_a_subclass_that_overrides_handle_sees_every_message(db):
     seen = []
 
@@ -958,6 +1013,35 @@ def test_rows_of_differing_lengths_are_an_error_and_not_shifted(db):
     assert rows(db, "SELECT * FROM users") == []
 
 
+def test_with_atomic_false_rows_are_stored_as_they_come(db):
+    def work(task, ctx):
+        ctx.executemany("INSERT INTO users VALUES (?, ?)", ((f"{task}-{i}", i) for i in range(2_500)))
+        if task == "bad":
+            raise RuntimeError("late")
+
+    result = run(["bad", "good"], db, work, schema=USERS, atomic=False, check=False)
+    assert (result.done, result.error) == (1, 1)
+    counts = dict(rows(db, "SELECT substr(key, 1, 3), count(*) FROM users GROUP BY 1"))
+    assert counts["goo"] == 2_500 and counts["bad"] == 2_000
+
+
+def test_with_atomic_false_a_bad_row_ends_the_task_and_tells_its_worker(db):
+    told = []
+
+    def work(task, ctx):
+        try:
+            while True:
+                ctx.executemany("INSERT INTO users VALUES (?, ?)", [("same", 1)] * 1_000)
+                ctx.sleep(0.01)
+        except pipeloom.TaskCancelled as stop:
+            told.append(str(stop))
+            raise
+
+    result = run(["a"], db, work, schema=USERS, atomic=False, check=False)
+    assert result.error == 1 and "UNIQUE constraint failed" in result.failures[0].message
+    assert told == ["refused: IntegrityError: UNIQUE constraint failed: users.key"]
+
+
 def test_many_rows_of_many_shapes_arrive_whole(db):
     def work(task, ctx):
         ctx.executemany(
@@ -980,7 +1064,7 @@ def test_a_worker_reads_what_is_committed_and_can_change_nothing(db):
 
     odd = db.parent / "a ?#%41é.db"
     run(["t"], odd, work, schema=USERS)
-    assert sorted(path.name for path in db.parent.iterdir()) == [odd.name]
+    assert sorted(path.name for path in db.parent.iterdir()) == [odd.name, odd.name + "-lock"]
 
 
 def test_track_passes_items_on_and_says_how_far_they_are(db):
@@ -1232,6 +1316,23 @@ def test_async_functions_are_run(db):
 
     run(["a"], db, work)
     assert rows(db, "SELECT result FROM task_runs") == [("async a",)]
+
+
+def test_a_second_run_on_the_same_database_is_refused_and_names_the_first(home):
+    def work(task, ctx):
+        with ctx.connect() as conn:
+            while not conn.execute("SELECT 1 FROM task_runs WHERE status = 'running'").fetchone():
+                ctx.sleep(0.01)
+        with pytest.raises(pipeloom.RunInProgress, match=f"is held by process {os.getpid()} on .*, since 20"):
+            run(["other"], home / "wal_demo.db", nothing)
+        said.append(python("-m", "pipeloom", "demo", cwd=home, code=75).stderr)
+        said.append(python("-m", "pipeloom", "status", "--db", "wal_demo.db", cwd=home, code=0).stdout)
+
+    said = []
+    run(["first"], home / "wal_demo.db", work)
+    assert f"process {os.getpid()}" in said[0] and said[0].count("\n") == 1
+    assert "1 running" in said[1]
+    run(["second"], home / "wal_demo.db", nothing)
 
 
 def test_an_empty_run_is_done(db):
@@ -1530,7 +1631,7 @@ def readme_blocks(language):
 def test_the_first_program_of_the_readme_runs(home):
     (home / "program.py").write_text(readme_blocks("python")[0])
     python("program.py", cwd=home, code=0)
-    (database,) = home.glob("*.db")
+    (database,) = home.glob("*.db")  # and its lock beside it
     assert {row[2] for row in rows(database)} == {"done"}
 
 
