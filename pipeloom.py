@@ -84,7 +84,8 @@ __version__ = "1.0.0"
 __all__ = [
     "SENTINEL", "DatabaseError", "DemoTask", "MessageRefused", "Msg", "MsgExecute", "MsgTaskFinish",
     "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted", "PipelineError",
-    "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task", "TaskCancelled", "TaskContext",
+    "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task", "TaskCancelled",
+    "TaskContext",
     "TaskDef", "UsageError", "UsageTypeError", "WriterFailed", "__version__", "connect", "console",
     "demo_worker", "init_schema", "logger", "main", "make_overall_progress", "make_task_progress",
     "preregister_task_bars", "run_pipeline", "setup_logging", "wal_checkpoint",
@@ -227,7 +228,7 @@ def _describe(error: BaseException) -> str:
     """The type and text of an exception, even of one whose own `__str__` raises."""
     try:
         text = str(error)
-    except Exception:
+    except BaseException:
         text = "(its text cannot be shown)"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -271,7 +272,8 @@ def _checked_started(m: MsgTaskStarted) -> MsgTaskStarted:
 def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
     """Clamp what is plain (a step beyond its total, a total that is unknown); refuse what is no number."""
     if (
-        type(m.step) is type(m.total) is type(m.task_id) is int
+        type(m) is MsgTaskProgress
+        and type(m.step) is type(m.total) is type(m.task_id) is int
         and 0 <= m.step <= m.total < 2**53
         and -(2**63) <= m.task_id < 2**63
         and type(m.message) is str
@@ -354,14 +356,15 @@ CREATE_RUNS = """CREATE TABLE IF NOT EXISTS pipeline_runs(
 INSERT_TASKS = f"INSERT INTO task_runs({_NAMES}) VALUES "
 # Rows that may be there already are staged, then merged in two statements whatever their number. No UPSERT,
 # which SQLite has only from 3.24, and no REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
-CREATE_STAGING = f"CREATE TEMP TABLE IF NOT EXISTS staged(id INTEGER PRIMARY KEY, {_OTHERS})"
-STAGE = f"INSERT INTO temp.staged({_NAMES}) VALUES "
+CREATE_STAGING = f"CREATE TEMP TABLE IF NOT EXISTS pipeloom_staged(id INTEGER PRIMARY KEY, {_OTHERS})"
+STAGE = f"INSERT INTO temp.pipeloom_staged({_NAMES}) VALUES "
 MERGE = (
-    f"UPDATE task_runs SET ({_OTHERS}) = (SELECT {_OTHERS} FROM temp.staged WHERE staged.id = task_runs.id)"
-    " WHERE id IN (SELECT id FROM temp.staged)",
-    f"INSERT INTO task_runs({_NAMES}) SELECT {_NAMES} FROM temp.staged"
+    f"UPDATE task_runs SET ({_OTHERS}) ="
+    f" (SELECT {_OTHERS} FROM temp.pipeloom_staged WHERE pipeloom_staged.id = task_runs.id)"
+    " WHERE id IN (SELECT id FROM temp.pipeloom_staged)",
+    f"INSERT INTO task_runs({_NAMES}) SELECT {_NAMES} FROM temp.pipeloom_staged"
     " WHERE id NOT IN (SELECT id FROM task_runs)",
-    "DELETE FROM temp.staged",
+    "DELETE FROM temp.pipeloom_staged",
 )
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 START_RUN = (
@@ -402,6 +405,11 @@ def _is_passing(error: BaseException) -> bool:
     return str(error).lower().startswith(PASSING_TEXTS)
 
 
+def _is_disk(error: BaseException) -> bool:
+    """Whether it may pass and can hit any statement; a lock meets only those that begin or end."""
+    return _is_passing(error) and not _is_lock(error) and "unable to open" not in str(error)
+
+
 def _is_lock(error: BaseException) -> bool:
     return "locked" in str(error)
 
@@ -431,12 +439,15 @@ def _open(db_path: object, *, wal: bool, timeout: float, isolation_level: str | 
     return conn
 
 
-def _connect_readonly(db_path: str, timeout: float = 5.0) -> sqlite3.Connection:
-    """A connection that can neither change nor create the file. Odd characters in the path are quoted."""
+def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) -> sqlite3.Connection:
+    """A connection that can neither change nor create the file. Odd characters in the path are quoted.
+
+    `idle` says that nobody has the database open; then no side file is left behind either.
+    """
     from urllib.parse import quote
 
     path = quote(os.path.abspath(db_path).replace(os.sep, "/"))
-    uri = f"file:{path if path.startswith('/') else '/' + path}?mode=ro"
+    uri = f"file:{path if path.startswith('/') else '/' + path}?mode=ro{'&immutable=1' if idle else ''}"
     return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, factory=_Reader)
 
 
@@ -504,6 +515,8 @@ def _check_database(path: str) -> None:
     """Find out before anything is written whether `path` can be this run's database."""
     if path == ":memory:":
         return
+    if not path or "\0" in path:
+        raise DatabaseError(path, "is no file name", "name a file")
     parent = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise DatabaseError(path, "is a directory", "name a file in it")
@@ -523,7 +536,8 @@ def _check_contents(path: str) -> None:
     try:
         _missing_columns(conn)
     except sqlite3.DatabaseError as error:
-        if not _is_passing(error):  # a lock is waited out later, by the writer
+        # A lock is waited out later, by the writer; and what a killed run left half-written, it rolls back.
+        if not _is_passing(error) and "readonly" not in str(error):
             raise DatabaseError(path, f"cannot be read: {error}", "restore it or use another file") from error
     finally:
         conn.close()
@@ -541,7 +555,7 @@ class _RunLock:
         self._conn: sqlite3.Connection | None = None
         if db_path == ":memory:":
             return
-        conn = sqlite3.connect(os.path.realpath(db_path) + "-lock", timeout=0, isolation_level=None)
+        conn = sqlite3.connect(os.path.realpath(db_path) + "-lock", timeout=0.2, isolation_level=None)
         try:
             conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
             conn.execute("BEGIN EXCLUSIVE")
@@ -551,6 +565,16 @@ class _RunLock:
                 raise DatabaseError(db_path, f"cannot be locked: {error}", "use a file elsewhere") from error
             raise RunInProgress(db_path, _holder(db_path)) from None
         self._conn = conn
+
+    @staticmethod
+    def is_held(db_path: str) -> bool:
+        """Whether a run has the database. For readers: takes nothing that a run would meet for long."""
+        try:
+            with _connect_readonly(os.path.realpath(db_path) + "-lock", timeout=0) as conn:
+                conn.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            return _is_lock(error)
+        return False
 
     def release(self) -> None:
         if self._conn is not None:
@@ -651,9 +675,7 @@ class _QueueChannel:
         self._ended = False
 
     def drain(self) -> list[Item] | None:
-        for _ in range(self._taken):
-            self._source.task_done()  # only now: what was drained before is committed, or refused
-        self._taken = 0
+        self._settle()
         items: list[Item] = []
         while len(items) < self._limit and not self._ended:
             try:
@@ -665,7 +687,16 @@ class _QueueChannel:
                 self._ended = True
             else:
                 items.append((None, message))
-        return items or (None if self._ended else [])
+        if self._ended and not items:
+            self._settle()
+            return None
+        return items
+
+    def _settle(self) -> None:
+        """What was drained is committed, or refused: only now is it done for queue.join()."""
+        for _ in range(self._taken):
+            self._source.task_done()
+        self._taken = 0
 
     def fail(self, error: BaseException) -> None:
         """The writer is done for: take and refuse what still comes, so that no producer blocks."""
@@ -675,14 +706,27 @@ class _QueueChannel:
 
 # ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------
 
+REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task_runs%'"
 BEGIN = "BEGIN IMMEDIATE -- pipeloom"  # the comments keep these apart from a handler's own COMMIT
 COMMIT = "COMMIT -- pipeloom"
 ROLLBACK = "ROLLBACK -- pipeloom"
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
-INSERT_VALUES = re.compile(
-    r"(?P<head>\s*(?:INSERT|REPLACE)\b[^?]*?\bVALUES\s*)(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))(?P<tail>[^?]*)$",
+_NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
+INSERT_VALUES = re.compile(  # the plain form only, which means the same with several rows
+    rf"(?P<head>\s*(?:INSERT|REPLACE)(?:\s+OR\s+\w+)?\s+INTO\s+{_NAME}(?:\s*\.\s*{_NAME})?"
+    rf"(?:\s*\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))?\s*VALUES\s*)"
+    r"(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b[^?]*)$",
     re.IGNORECASE,
 )
+MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
+
+
+class _BadMessage(Exception):
+    """A message cannot be applied, for the reason that it holds; the batch is to be taken without it."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -768,6 +812,7 @@ class SQLiteWriter(threading.Thread):
         self.opened = threading.Event()  # set once the database is open, or `error` says why not
         self.hurried = False  # set, by a signal handler too, to end the wait for a lock or a disk
         self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
+        self._defers = False  # somebody references task_runs, whose rows are written last
         self._ours = False  # a transaction statement is the writer's own; see _authorize
         self._rows: dict[int, _TaskRow] = {}  # committed rows of tasks that run
         self._forget_transaction()
@@ -782,6 +827,8 @@ class SQLiteWriter(threading.Thread):
             _MsgQueued: self._on_queued,
             _MsgRunEnded: self._on_run_ended,
         }
+        if not isinstance(handlers or {}, Mapping):
+            raise UsageTypeError(f"handlers={handlers!r}: expected a mapping of message classes to functions")
         for kind, handler in (handlers or {}).items():
             self._add_handler(kind, handler)
 
@@ -794,6 +841,10 @@ class SQLiteWriter(threading.Thread):
                 "subclass SQLiteWriter and override handle() to see those messages too"
             )
         self._apply_by_type[kind] = lambda message: handler(self.conn, message)
+
+    def handles(self, kind: type) -> bool:
+        """Whether there is a handler for this very class."""
+        return kind in self._apply_by_type
 
     def accepts(self, kind: type) -> bool:
         """Whether messages of this class have somebody who applies them. Any thread may ask."""
@@ -860,12 +911,14 @@ class SQLiteWriter(threading.Thread):
     def _open(self) -> None:
         self._close()
         self.conn = _open(self.db_path, wal=self.wal, timeout=0.25, isolation_level=None)
+        self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
         if self.durable:
             self.conn.execute("PRAGMA synchronous=FULL")
         self.conn.set_authorizer(self._authorize)
         self._own(BEGIN)
         init_schema(self.conn, store_task_status=self.store)
         self._run_schema()
+        self._defers = self.conn.execute(REFERENCES_TASKS).fetchone() is not None
         if self.store:
             self.conn.execute(CREATE_STAGING)
             last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0]
@@ -911,13 +964,13 @@ class SQLiteWriter(threading.Thread):
 
     def _store(self, batch: list[Item]) -> None:
         """Commit a batch; one with a bad message in it in halves, until that message is alone."""
-        bad: Exception | None = None
+        bad: BaseException | None = None
         try:
             self._patiently(self._transaction, batch)
         except WriterFailed:
             raise
         except Exception as error:
-            bad = error
+            bad = error.reason if isinstance(error, _BadMessage) else error
         if bad is None:
             self._acknowledge()
         elif len(batch) > 1:
@@ -926,7 +979,7 @@ class SQLiteWriter(threading.Thread):
         else:
             self._reject(*batch[0], _reason(bad))
 
-    def _reject(self, sender: TaskContext | None, message: Any, error: Exception) -> None:
+    def _reject(self, sender: TaskContext | None, message: Any, error: BaseException) -> None:
         """A message cannot be stored: its task ends as `error`, and nobody else notices."""
         if type(message) in self._engine_messages:
             raise error
@@ -976,8 +1029,15 @@ class SQLiteWriter(threading.Thread):
         self._forget_transaction()
         # 2. Apply every message: rows of the user's own now, task rows in memory.
         self._own(BEGIN)
+        if self._defers:
+            self.conn.execute("PRAGMA defer_foreign_keys=ON")
         for sender, message in batch:
-            self._apply(sender, message)
+            try:
+                self._apply(sender, message)
+            except BaseException as error:  # a handler's SystemExit too
+                if _is_disk(error):
+                    raise
+                raise _BadMessage(error) from None
         # 3. Write each task's row once, however many messages it had, and commit.
         if self.store and self._pending:
             self._write_task_rows()
@@ -998,13 +1058,20 @@ class SQLiteWriter(threading.Thread):
                 message = sender.news
             elif type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
                 for held in sender.held:
-                    self.handle(held)
+                    self._hand_over(held)
         elif type(message) in self._engine_messages:
-            return self._engine_messages[type(message)](message)
+            self._engine_messages[type(message)](message)
+            return
         elif type(message) in CHECKS:  # from a plain queue, whose put() checks nothing
             message = CHECKS[type(message)](message)
+        self._hand_over(message)
+
+    def _hand_over(self, message: Any) -> None:
         self.handle(message)
-        return None
+        if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
+            raise MessageRefused(
+                "the transaction was rolled back under the handler; let its exception through"
+            )
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
@@ -1062,9 +1129,8 @@ class SQLiteWriter(threading.Thread):
         """The same; one that was never started gets a row all the same."""
         row, id = self._row(message), message.task_id
         if row is None:
-            row = self._pending[id] = _TaskRow(
-                id, self._sender.name if self._sender else f"task-{id}", QUEUED
-            )
+            name = self._sender.name if self._sender and self._sender.owns(message) else f"task-{id}"
+            row = self._pending[id] = _TaskRow(id, name, QUEUED, run_id=self.run_id)
         return row
 
     def _own_sender(self, message: Any) -> TaskContext | None:
@@ -1094,8 +1160,8 @@ class SQLiteWriter(threading.Thread):
 
     def _on_finished(self, m: MsgTaskFinished) -> None:
         sender, row = self._own_sender(m), self._row_or_new(m)
-        if row.status in FINAL:
-            return  # the first finish counts
+        if sender is None and row.status in FINAL:
+            return  # the first finish counts; a worker's own is the first, as its context sees to that
         row.status, row.finished_at, row.result, row.message = m.status, m.finished_at, m.result, m.message
         row.run_id = self.run_id
         if m.status == DONE:
@@ -1115,10 +1181,13 @@ class SQLiteWriter(threading.Thread):
         """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
         match = INSERT_VALUES.match(sql)
         width = sql.count("?")
-        if match and set(map(len, rows)) == {width} and not isinstance(rows[0], Mapping):
+        if match and set(map(type, rows)) == {tuple} and set(map(len, rows)) == {width}:
             self._insert(match["head"], match["row"], match["tail"], width, rows)
-        else:
+        elif MANY.match(sql):
             self.conn.executemany(sql, rows)
+        else:
+            for row in rows:
+                self.conn.execute(sql, row)
 
     def _insert(self, head: str, row: str, tail: str, width: int, rows: list[Any]) -> None:
         size = max(1, VARIABLES // width)
@@ -1144,14 +1213,14 @@ class SQLiteWriter(threading.Thread):
     def _on_run_ended(self, m: _MsgRunEnded) -> None:
         if not self.store:
             return
-        if m.reason:
+        if m.reason or self._rows:  # rows of its own that a worker began and left
             self._write_task_rows()  # what is queued in this very batch, too
             self._pending.clear()
-            self.conn.execute(CANCEL_QUEUED, (m.reason, _now(), self.run_id))
+            self.conn.execute(CANCEL_QUEUED, (m.reason or "never finished", _now(), self.run_id))
         self.conn.execute(FINISH_RUN, (_now(), m.status, *m.counts, self.run_id))
 
 
-def _reason(error: Exception) -> Exception:
+def _reason(error: BaseException) -> BaseException:
     """What a task failed for: where a handler rolled back, the exception for which it did."""
     if str(error) != "not authorized":
         return error
@@ -1171,6 +1240,7 @@ def _unknown(kind: type) -> MessageRefused:
 NAME_WIDTH = 40  # cells of a task's name at the most
 LOG_EVERY = 10.0  # seconds between two log lines
 FRAME = 0.1  # seconds between two frames of the bars
+BACKLOG = 10_000  # printed lines that wait for a slow terminal before who prints waits as well
 
 
 class Progress:
@@ -1205,12 +1275,10 @@ class _Bar:
 
 
 class _Board(Progress):
-    """What a display of ours knows, and the thread that draws it. Subclasses say how.
+    """What a display of ours knows. Subclasses draw it, in a thread of their own.
 
-    The writer's thread changes the fields and the ticker's only reads: a frame may be a message behind.
+    The writer's thread changes the fields and the other only reads: a frame may be a message behind.
     """
-
-    interval = FRAME
 
     def __init__(self, stream: Any = None) -> None:
         self.stream = stream or sys.stderr
@@ -1218,13 +1286,10 @@ class _Board(Progress):
         self.counts = dict.fromkeys((*FINAL, "skipped"), 0)
         self.running: dict[int, _Bar] = {}
         self.began = time.monotonic()
-        self._over = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, name="pipeloom-display", daemon=True)
 
     def start(self, total: int | None) -> None:
         self.total = total
         self.began = time.monotonic()
-        self._ticker.start()
 
     def update(self, message: Any) -> None:
         kind = type(message)
@@ -1237,31 +1302,6 @@ class _Board(Progress):
         elif kind is MsgTaskFinished:
             self.running.pop(message.task_id, None)
             self.counts[message.status] += 1
-
-    def stop(self, result: Any) -> None:
-        self._over.set()
-        if self._ticker.ident is not None:
-            self._ticker.join(2)  # a stream that blocks (Ctrl-S) is left behind
-
-    def _tick(self) -> None:
-        try:
-            try:
-                self._open()
-                while not self._over.wait(self.interval):
-                    self._draw()
-            finally:
-                self._close()
-        except Exception as error:  # a closed pipe, a terminal gone: the run goes on without bars
-            logger.debug("the display is off: %s", _describe(error))
-
-    def _open(self) -> None:
-        """Take the terminal."""
-
-    def _draw(self) -> None:
-        """Show the board as it is."""
-
-    def _close(self) -> None:
-        """Show the end and give the terminal back."""
 
     def settled(self) -> int:
         return sum(self.counts.values())
@@ -1295,33 +1335,43 @@ class _Board(Progress):
 class _LogLines(_Board):
     """For what is no terminal: a line every ten seconds at most, and one at the end."""
 
-    interval = LOG_EVERY
+    def start(self, total: int | None) -> None:
+        super().start(total)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="pipeloom-display", daemon=True)
+        self._thread.start()
 
-    def _draw(self) -> None:
-        running = f"  {len(self.running):,} running" if self.running else ""
-        self.stream.write(f"pipeloom: {self.overall().text}{running}\n")
+    def stop(self, result: Any) -> None:
+        self._over.set()
+        self._thread.join(2)  # a pipe that nobody reads is left behind
+
+    def _tick(self) -> None:
+        try:
+            while not self._over.wait(LOG_EVERY):
+                self._write(f"  {len(self.running):,} running")
+            self._write("")
+        except (OSError, ValueError) as error:  # a closed pipe: the run goes on without
+            logger.debug("the log lines are off: %s", _describe(error))
+
+    def _write(self, tail: str) -> None:
+        self.stream.write(f"pipeloom: {self.overall().text}{tail}\n")
         self.stream.flush()
-
-    def _close(self) -> None:
-        self._draw()
 
 
 class _AnsiBars(_Board):
     """The bars, drawn with escape sequences on a terminal."""
 
-    def _open(self) -> None:
-        self.screen = _Screen(self.stream)
-        self.screen.open(self._render)
+    def start(self, total: int | None) -> None:
+        super().start(total)
+        self.screen = _Screen(self.stream, self._render)
+        self.screen.open()
+
+    def stop(self, result: Any) -> None:
+        self.running.clear()
+        self.screen.close(keep=True)
 
     def _render(self, width: int, height: int) -> list[tuple[str, int]]:
         return _lines(self.bars(height - 1)[: height - 1], width, self.screen.style)
-
-    def _draw(self) -> None:
-        self.screen.draw()
-
-    def _close(self) -> None:
-        self.running.clear()
-        self.screen.close(keep=True)
 
 
 class _RichBars(_AnsiBars):
@@ -1427,64 +1477,86 @@ def _line(bar: _Bar, room: int, names: int, length: int, style: _Style) -> tuple
 
 
 class _Screen:
-    """A block of lines at the bottom of a terminal; whole lines written meanwhile appear above it.
+    """A block of lines at the bottom of a terminal, drawn by a thread of its own.
 
-    `lock` makes each change of the terminal one piece: erase, write, draw again. Wrapping is off only
-    inside a frame and the cursor is never hidden, so that a process killed at any moment leaves a whole
-    terminal behind.
+    Whole lines that are printed or logged meanwhile wait in `_backlog` for that thread, which writes them
+    above the block: nobody else ever waits for the terminal. Wrapping is off only inside a frame and the
+    cursor is never hidden, so that a process killed at any moment leaves a whole terminal behind.
     """
 
-    def __init__(self, stream: Any) -> None:
+    terminal = threading.Lock()  # held by the one screen that is open; a second run shows no bars
+
+    def __init__(self, stream: Any, render: Callable[[int, int], list[tuple[str, int]]]) -> None:
         self.stream = stream
         self.style = _Style(stream)
-        self.lock = threading.RLock()
-        self._drawn: list[int] = []  # the cells of each line that stands there now
-        self._render: Callable[[int, int], list[tuple[str, int]]] = lambda width, height: []
-        self._stand_ins: list[_Above] = []
-
-    def open(self, render: Callable[[int, int], list[tuple[str, int]]]) -> None:
         self._render = render
+        self._drawn: list[int] = []  # the cells of each line that stands there now
+        self._lock = threading.Lock()  # guards the backlog; never held while writing
+        self._backlog: list[tuple[Any, str]] = []
+        self._keep = True  # the block, at the end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pipeloom-display", daemon=True)
+        self._stand_ins: list[_Above] = []
+        self._is_open = False
+
+    def open(self) -> None:
+        self._is_open = self.terminal.acquire(blocking=False)
+        if not self._is_open:
+            return
         for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if _is_terminal(stream):
-                self._stand_ins.append(_Above(name, stream, self))
-        self.draw()
-
-    def draw(self) -> None:
-        with self.lock:
-            self._write(self.stream, self._erased() + self._frame())
-
-    def above(self, stream: Any, text: str) -> None:
-        """Write whole lines to `stream`, above the block."""
-        with self.lock:
-            try:
-                self._write(self.stream, self._erased())
-            except (OSError, ValueError):  # the bars' stream is gone; that is not this writer's trouble
-                stream.write(text)
-            else:
-                self._write(stream, text)
-                self._write(self.stream, self._frame())
+            if _is_terminal(getattr(sys, name)):
+                self._stand_ins.append(_Above(name, self))
+        self._thread.start()
 
     def close(self, keep: bool) -> None:
+        """Draw a last time, with the block or without it; a terminal that blocks (Ctrl-S) is left behind."""
+        if not self._is_open:
+            return
         for stand_in in self._stand_ins:
             stand_in.leave()
-        with self.lock:
-            self._write(self.stream, self._erased() + (self._frame() if keep else ""))
-            self._drawn = []
-        for stand_in in self._stand_ins:
-            stand_in.write_rest()
+        self._keep = keep
+        self._over.set()
+        self._thread.join(2)
+        self.terminal.release()
 
-    def _frame(self) -> str:
+    def above(self, stream: Any, text: str) -> None:
+        """Have whole lines written to `stream`, above the block. Any thread may call it."""
+        patient = threading.current_thread() is not threading.main_thread()  # that one heeds signals
+        while patient and len(self._backlog) >= BACKLOG and self._thread.is_alive():
+            time.sleep(FRAME)
+        with self._lock:
+            self._backlog.append((stream, text))
+        if not self._thread.is_alive():
+            self._write_backlog()
+
+    def _run(self) -> None:
+        try:
+            while not self._over.wait(FRAME if self._drawn else 0):
+                self._draw()
+            self._draw()
+        except Exception as error:  # a closed pipe, a terminal gone: the run goes on without bars
+            logger.debug("the bars are off: %s", _describe(error))
+        finally:
+            for stand_in in self._stand_ins:
+                stand_in.leave()
+            self._write_backlog()
+
+    def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
-        lines = self._render(width, height)
+        lines = self._render(width, height) if self._keep or not self._over.is_set() else []
+        rows = sum(
+            max(1, -(-cells // max(width, 1))) for cells in self._drawn
+        )  # a narrower window folds them
+        self._write(self.stream, "\r" + "\x1b[A\x1b[2K" * rows)  # line by line: \x1b[J fills tmux's history
+        self._write_backlog()
         self._drawn = [cells for _, cells in lines]
-        return "\x1b[?7l" + "".join(f"{line}\x1b[K\r\n" for line, _ in lines) + "\x1b[?7h"
+        self._write(self.stream, "\x1b[?7l" + "".join(f"{line}\x1b[K\r\n" for line, _ in lines) + "\x1b[?7h")
 
-    def _erased(self) -> str:
-        """Go to the block's first line and clear from there; a narrower window has folded the lines."""
-        width = max(_terminal_size(self.stream)[0], 1)
-        rows = sum(max(1, -(-cells // width)) for cells in self._drawn)
-        return f"\r\x1b[{rows}A\x1b[J" if rows else "\r\x1b[J"
+    def _write_backlog(self) -> None:
+        with self._lock:
+            backlog, self._backlog = self._backlog, []
+        for stream, text in backlog:
+            self._write(stream, text)
 
     def _write(self, stream: Any, text: str) -> None:
         stream.write(text.encode(self.style.encoding, "replace").decode(self.style.encoding))
@@ -1492,36 +1564,47 @@ class _Screen:
 
 
 class _Above:
-    """Stands in for sys.stdout or sys.stderr while bars are up, so that print() does not tear them."""
+    """Stands in for sys.stdout or sys.stderr while bars are up, so that a print or a log tears nothing."""
 
-    def __init__(self, name: str, stream: Any, screen: _Screen) -> None:
-        self._name, self._stream, self._screen = name, stream, screen
-        self._rests: dict[int, str] = {}  # half lines, by thread: print() writes in pieces
+    def __init__(self, name: str, screen: _Screen) -> None:
+        self._name, self._screen = name, screen
+        self._stream = getattr(sys, name)
+        self._halves: dict[int, str] = {}  # half lines, by thread: print() writes in pieces
         setattr(sys, name, self)
+        self._handlers = [handler for handler in _stream_handlers() if handler.stream is self._stream]
+        for handler in self._handlers:  # made before, as by logging.basicConfig()
+            handler.setStream(self)
 
     def write(self, text: str) -> int:
-        with self._screen.lock:
-            me = threading.get_ident()
-            lines, newline, rest = (self._rests.pop(me, "") + text).rpartition("\n")
-            if rest:
-                self._rests[me] = rest
-            if newline:
-                self._screen.above(self._stream, lines + newline)
+        me = threading.get_ident()
+        lines, newline, half = (self._halves.pop(me, "") + text).rpartition("\n")
+        if half:
+            self._halves[me] = half
+        if newline:
+            self._screen.above(self._stream, lines + newline)
         return len(text)
 
     def flush(self) -> None:
         """Half a line waits for its end."""
 
     def leave(self) -> None:
+        """Give the stream back; who has kept this object writes on as before. Idempotent."""
         if getattr(sys, self._name) is self:
             setattr(sys, self._name, self._stream)
-
-    def write_rest(self) -> None:
-        self._stream.write("".join(self._rests.values()))
-        self._stream.flush()
+        for handler in self._handlers:
+            if handler.stream is self:
+                handler.setStream(self._stream)
+        while self._halves:
+            self._screen.above(self._stream, self._halves.popitem()[1])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _stream_handlers() -> list[Any]:
+    loggers = [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]
+    handlers = {id(h): h for log in loggers for h in getattr(log, "handlers", ())}
+    return [h for h in handlers.values() if isinstance(h, logging.StreamHandler)]
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -1559,7 +1642,8 @@ class _PlainConsole:
 
     def print(self, *objects: object, **_: object) -> None:
         """Print to stderr, above the bars."""
-        print(*objects, file=sys.stderr)
+        shown = [_without_markup(o) if isinstance(o, str) else o for o in objects]
+        _say(" ".join(map(str, shown)))
 
     log = print
 
@@ -1604,7 +1688,7 @@ class _AnsiProgress:
         self.tasks: dict[int, _Bar] = {}
         self._transient = transient
         self._ids = count()
-        self._shared = _shared_screen
+        self._lock = threading.Lock()  # guards a bar's change: two threads may advance it
 
     def add_task(self, description: str, total: float | None = 100, completed: float = 0, **_: Any) -> int:
         """Add a bar; returns its id, which may be 0."""
@@ -1623,8 +1707,10 @@ class _AnsiProgress:
         **_: Any,
     ) -> None:
         """Change a bar; one that was removed is let be."""
-        bar = self.tasks.get(task_id)
-        if bar is not None:
+        with self._lock:
+            bar = self.tasks.get(task_id)
+            if bar is None:
+                return
             bar.total = bar.total if total is None else total
             bar.completed = (bar.completed if completed is None else completed) + advance
             bar.name = bar.name if description is None else _without_markup(description)
@@ -1638,16 +1724,15 @@ class _AnsiProgress:
         self.tasks.pop(task_id, None)
 
     def refresh(self) -> None:
-        """Draw now."""
-        self._shared.draw()
+        """For Rich's users; the bars are drawn ten times a second anyway."""
 
     def start(self) -> None:
         """Show the bars until stop()."""
-        self._shared.add(self)
+        _shared_screen.add(self)
 
     def stop(self) -> None:
         """Leave the bars on the screen as they are, or clear them if they are transient."""
-        self._shared.remove(self, keep=not self._transient)
+        _shared_screen.remove(self, keep=not self._transient)
 
     def __enter__(self) -> _AnsiProgress:
         self.start()
@@ -1658,59 +1743,40 @@ class _AnsiProgress:
 
 
 class _SharedScreen:
-    """All started _AnsiProgress objects in one block, drawn by one thread while there are any."""
+    """All started _AnsiProgress objects in one block."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the list and the screen's coming and going
         self._shown: list[_AnsiProgress] = []
         self._screen: _Screen | None = None
-        self._over = threading.Event()
 
     def add(self, progress: _AnsiProgress) -> None:
         with self._lock:
             if progress not in self._shown:
                 self._shown.append(progress)
             if self._screen is None and _is_terminal(sys.stderr):
-                self._screen = _Screen(sys.stderr)
-                self._screen.open(self._render)
-                self._over = threading.Event()
-                threading.Thread(
-                    target=self._tick, args=(self._over,), name="pipeloom-display", daemon=True
-                ).start()
+                self._screen = _Screen(sys.stderr, self._render)
+                self._screen.open()
 
     def remove(self, progress: _AnsiProgress, keep: bool) -> None:
         with self._lock:
             if progress not in self._shown:
                 return
             self._shown.remove(progress)
-            if self._screen is None:
+            screen = self._screen
+            if screen is None:
                 return
             if keep:
-                bars = list(progress.tasks.values())
-                width = _terminal_size(self._screen.stream)[0]
-                lines = _lines(bars, width, self._screen.style)
-                self._screen.above(self._screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
+                lines = _lines(list(progress.tasks.values()), _terminal_size(screen.stream)[0], screen.style)
+                screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
             if not self._shown:
-                self._over.set()
-                self._screen.close(keep=False)
                 self._screen = None
-
-    def draw(self) -> None:
-        screen = self._screen
-        if screen is not None:
-            try:
-                screen.draw()
-            except (OSError, ValueError):
-                self._over.set()
-
-    def _tick(self, over: threading.Event) -> None:
-        while not over.wait(FRAME):
-            self.draw()
+                screen.close(keep=False)
 
     def _render(self, width: int, height: int) -> list[tuple[str, int]]:
-        bars = [bar for progress in self._shown for bar in progress.tasks.copy().values()]
-        style = self._screen.style if self._screen else _Style(sys.stderr)
-        return _lines(bars[: max(height - 1, 1)], width, style)
+        bars = [bar for progress in self._shown.copy() for bar in progress.tasks.copy().values()]
+        screen = self._screen
+        return _lines(bars[: max(height - 1, 0)], width, screen.style) if screen else []
 
 
 _shared_screen = _SharedScreen()
@@ -1718,7 +1784,7 @@ _shared_screen = _SharedScreen()
 
 def _without_markup(text: str) -> str:
     """What Rich's users write as "[cyan]All tasks" is shown without the tags."""
-    return re.sub(r"\[/?[a-z ]*\]", "", str(text))
+    return re.sub(r"\[/?[a-z#@][^\[\]]*\]|\[/\]", "", str(text))
 
 
 def make_overall_progress() -> Any:
@@ -1733,7 +1799,7 @@ def make_task_progress() -> Any:
 
 def _make_progress(transient: bool) -> Any:
     console = _rich_console()
-    if console is None:
+    if not hasattr(console, "_live_stack"):  # no Rich, or one from before 14.1, which cannot show two at once
         return _AnsiProgress(transient)
     from rich.progress import Progress as RichProgress
 
@@ -1853,13 +1919,16 @@ class TaskContext:
     # What a worker calls
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
-        """Send any typed message. Waits while the writer is behind; `block` and `timeout` are a queue's.
+        """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
 
         Raises MessageRefused for a message that can never be stored. After the task's finish, further
         status messages are dropped, as only the first finish counts, and anything else is refused.
         """
         kind = type(message)
         check = CHECKS.get(kind)
+        if check is None and not self._run.writer.handles(kind):  # a subclass of ours, perhaps
+            kind = next((base for base in kind.__mro__ if base in CHECKS), kind)
+            check = CHECKS.get(kind)
         if check is not None:
             message = check(message)
         elif message is SENTINEL:
@@ -1875,6 +1944,10 @@ class TaskContext:
             self._run.channel.put(self, message)
         else:
             self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
+
+    def put_nowait(self, message: Any) -> None:
+        """The same, for code that treats the context as a queue."""
+        self.put(message)
 
     def progress(self, step: float, total: float | None = None, message: str = "") -> None:
         """Say how far the task is; cheap enough for every step, as only the newest is stored and shown."""
@@ -1910,7 +1983,11 @@ class TaskContext:
         self._new_group(sql)
         rows = iter(rows)
         while True:
-            self._group.extend(map(_row, islice(rows, self._limit)))
+            try:
+                self._group.extend(map(_row, islice(rows, self._limit)))
+            except BaseException:
+                self._group.clear()  # a worker may catch it, and half a batch is not what it wants stored
+                raise
             if len(self._group) < self._limit:
                 break
             self._send_group()
@@ -1981,7 +2058,10 @@ class TaskContext:
         from traceback import format_exception
 
         self.error = error
-        text = "".join(format_exception(type(error), error, error.__traceback__))
+        try:
+            text = "".join(format_exception(type(error), error, error.__traceback__))
+        except BaseException:  # an exception may be so broken that it cannot be shown
+            text = _describe(error)
         self.traceback = _text(text if len(text) < 20_000 else f"{text[:10_000]}\n...\n{text[-10_000:]}")
 
     def _tell(self, message: MsgTaskProgress) -> None:
@@ -2036,7 +2116,8 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
     others = quoted(name for name in columns if name not in keys)
     action = f"UPDATE SET {', '.join(f'{c}=excluded.{c}' for c in others)}" if others else "NOTHING"
     return (
-        f"INSERT INTO {quoted([table])[0]}({', '.join(quoted(columns))}) VALUES ({', '.join('?' * len(columns))})"
+        f"INSERT INTO {quoted([table])[0]}({', '.join(quoted(columns))})"
+        f" VALUES ({', '.join('?' * len(columns))})"
         f" ON CONFLICT({', '.join(quoted(keys))}) DO {action}"
     )
 
@@ -2102,6 +2183,8 @@ class _Settings:
             raise UsageError(f"workers={self.workers!r}: expected a whole number from 1; None is one per CPU")
         if not isinstance(self.busy_timeout, (int, float)) or not self.busy_timeout >= 0:
             raise UsageError(f"busy_timeout={self.busy_timeout!r}: expected a number of seconds from 0")
+        if not (isinstance(self.writer, type) and issubclass(self.writer, SQLiteWriter)):
+            raise UsageTypeError(f"writer={self.writer!r}: expected a subclass of SQLiteWriter")
         if self.schema is not None and not isinstance(self.schema, str):
             raise UsageTypeError(f"schema={self.schema!r}: expected a str of SQL statements")
 
@@ -2228,7 +2311,7 @@ class _Run:
         try:
             self.display.start(self._total)
             self._shown = True
-        except Exception as error:
+        except BaseException as error:  # even its SystemExit is not the run's
             self.writer.display = None
             logger.warning("the progress display failed and is off: %s", _describe(error))
         self._start_workers()
@@ -2241,9 +2324,9 @@ class _Run:
             except RuntimeError as error:  # the system has no thread left
                 if not number:
                     raise
-                return logger.warning("only %d of %d workers start: %s", number, self._workers, error)
+                logger.warning("only %d of %d workers start: %s", number, self._workers, error)
+                return
             self._threads.append(thread)
-        return None
 
     def _check_writer(self) -> None:
         if self.writer.error is not None:
@@ -2261,7 +2344,7 @@ class _Run:
 
     def _identity(self, item: Any) -> tuple[int, str]:
         given, name = self._stage.identify(item)
-        id = self._next_id if given is None else _task_id(given)
+        id = _task_id(self._next_id if given is None else given)
         self._next_id = max(self._next_id, id + 1)
         return id, _text(name) if name else f"task-{id}"
 
@@ -2298,10 +2381,11 @@ class _Run:
         return True
 
     def _submit(self, item: Any) -> None:
+        highest = self._next_id - 1
         id, name = self._identity(item)
-        if id in self._live:
+        if id in self._live or (id <= highest and self._total is None and self._has_run(id)):
             raise UsageError(
-                f"task_id {id} of task {name!r} is taken by {self._live[id].name!r}; give each its own"
+                f"task_id {id} of task {name!r} is another task's in this run; give each its own"
             )
         ctx = TaskContext(self, self._stage, item, id, name)
         self._live[id] = ctx
@@ -2310,6 +2394,14 @@ class _Run:
         if self._idle:  # a worker counts itself in before it looks, so that none is missed
             with self._lock:
                 self._work.notify()
+
+    def _has_run(self, id: int) -> bool:
+        """Whether a task of this run has had this id; asked only where ids do not rise."""
+        if not self.writer.store or self.writer.db_path == ":memory:":
+            return False
+        with _connect_readonly(self.writer.db_path, self.settings.busy_timeout) as conn:
+            row = conn.execute("SELECT run_id FROM task_runs WHERE id = ?", (id,)).fetchone()
+            return bool(row and row[0] == self.writer.run_id)
 
     def _cancel_ready(self) -> None:
         while self._ready:
@@ -2436,7 +2528,7 @@ class _Run:
             try:
                 if self._shown:
                     self.display.stop(self.result())
-            except Exception as error:
+            except BaseException as error:
                 logger.warning("the progress display failed at its end: %s", _describe(error))
         return failure
 
@@ -2575,11 +2667,10 @@ def run_pipeline(
         raise UsageTypeError(
             f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task"
         )
-    unknown = set(options) - set(_Settings.__dataclass_fields__)
+    known = _Settings.__dataclass_fields__
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UsageTypeError(
-            f"run_pipeline has no option {', '.join(sorted(unknown))}; it has {', '.join(_Settings.__dataclass_fields__)}"
-        )
+        raise UsageTypeError(f"run_pipeline has no option {', '.join(unknown)}; it has {', '.join(known)}")
     stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify, options.get("atomic", True))
     _check_tasks(tasks)
     if _Session.current is not None:  # the command line's, whose options win
@@ -2605,15 +2696,14 @@ def _check_tasks(tasks: Any) -> None:
     if not isinstance(tasks, Sequence) or isinstance(tasks, range):
         return
     seen: dict[int, Any] = {}
+    highest = 0
     for task in tasks:
         given, _ = _identify(task)
-        if given is None:
-            continue
-        if _task_id(given) in seen:
-            raise UsageError(
-                f"task_id {given} is given twice: {seen[given]!r} and {task!r}; give each its own"
-            )
-        seen[given] = task
+        id = _task_id(highest + 1 if given is None else given)
+        if id in seen:
+            raise UsageError(f"task_id {id} is that of {seen[id]!r} and of {task!r}; give each its own")
+        seen[id] = task
+        highest = max(highest, id)
 
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
@@ -2632,19 +2722,35 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
     """
     if not os.path.isfile(db_path):
         raise DatabaseError(db_path, "does not exist", "name the file that a run has made, with --db")
-    conn = _connect_readonly(db_path)
+    side_files = [db_path + end for end in ("-wal", "-journal")]
+    idle = not any(map(os.path.exists, side_files))
+    conn = _connect_readonly(db_path, idle=idle)
     conn.row_factory = sqlite3.Row
     try:
-        counts = dict(conn.execute(COUNT_BY_STATUS).fetchall())
-        where = "WHERE status IN ('error', 'cancelled')" if failed else ""
-        tasks = [dict(row) for row in conn.execute(LATEST_TASKS.format(where), (limit,))]
-        has_runs = conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone()
-        last = conn.execute(LAST_RUN).fetchone() if has_runs else None
-        return {"database": db_path, "counts": counts, "run": dict(last) if last else None, "tasks": tasks}
+        status = _query_status(conn, db_path, limit, failed)
     except sqlite3.Error as error:
+        if _is_lock(error):
+            raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
+        if "readonly" in str(error):
+            raise DatabaseError(db_path, "was left half-written", "run again; that rolls it back") from error
         raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
     finally:
         conn.close()
+    if idle and any(map(os.path.exists, side_files)):  # a run has begun meanwhile: read what it commits
+        return read_status(db_path, limit, failed)
+    return status
+
+
+def _query_status(conn: sqlite3.Connection, db_path: str, limit: int, failed: bool) -> dict[str, Any]:
+    counts = dict(conn.execute(COUNT_BY_STATUS).fetchall())
+    where = "WHERE status IN ('error', 'cancelled')" if failed else ""
+    tasks = [dict(row) for row in conn.execute(LATEST_TASKS.format(where), (limit,))]
+    has_runs = conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone()
+    last = conn.execute(LAST_RUN).fetchone() if has_runs else None
+    run = dict(last) if last else None
+    if run and run["status"] == RUNNING and not _RunLock.is_held(db_path):
+        run["status"] = "interrupted"  # its process is gone; the next run will say so in the database
+    return {"database": db_path, "counts": counts, "run": run, "tasks": tasks}
 
 
 def _status_text(status: dict[str, Any]) -> str:
@@ -2695,28 +2801,64 @@ def _demo_tasks(number: int, failing: int) -> list[Task]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 75 in use, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show
     args = _parser().parse_args(argv)
-    setup_logging(getattr(args, "verbose", 0), getattr(args, "log_file", None))
-    terminated = {
-        number: signal.signal(number, _exit_by_signal)
-        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-        if number and threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) == signal.SIG_DFL
-    }  # fmt: skip
+    terminated = _take_terminations()
     try:
+        _setup_logging_of(args)
         code: int = args.command(args)
         return code
     except PipeloomError as error:
-        print(f"pipeloom: {error}", file=sys.stderr)
+        _say(f"pipeloom: {error}")
         return 75 if isinstance(error, RunInProgress) else 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head`: stdout is gone, and flushing it at exit would say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     finally:
         for number in terminated:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _say(text: str) -> None:
+    """A line to stderr, if there is one: it may be closed, full, or a pipe that nobody reads."""
+    try:
+        if sys.stderr is not None:
+            print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        logger.debug("stderr is gone")
+
+
+def _print(text: str) -> None:
+    """A line of data to stdout."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head`: stdout is gone, and flushing it at exit would say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise UsageError(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
+
+
+def _setup_logging_of(args: Any) -> None:
+    log_file = getattr(args, "log_file", None)
+    try:
+        setup_logging(getattr(args, "verbose", 0), log_file)
+    except OSError as error:
+        raise UsageError(
+            f"--log-file {log_file!r} cannot be written: {error.strerror}; name another"
+        ) from error
+
+
+def _take_terminations() -> list[int]:
+    """Let SIGTERM and SIGHUP end the program by an exception, so that the summary is still printed."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _exit_by_signal)
+    return numbers
 
 
 def _exit_by_signal(number: int, _: Any) -> None:
@@ -2728,7 +2870,8 @@ def _parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            self.exit(2, f"pipeloom: {message}; see {self.prog} --help\n")
+            _say(f"pipeloom: {message}; see {self.prog} --help")
+            self.exit(2)
 
     parser = Parser(
         prog=f"python -m {__name__}",
@@ -2777,7 +2920,7 @@ def _number_from(low: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         import argparse
 
-        if not text.isdigit() or int(text) < low:
+        if not text.isdigit() or not low <= int(text) < 2**31:
             raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
         return int(text)
 
@@ -2798,6 +2941,7 @@ def _cmd_run(args: Any) -> int:
     options = {name: value for name, value in given.items() if value is not None}
     arguments = dict(_argument(text) for text in args.arg)
     function = _load_target(args.target)
+    _check_arguments(function, arguments)
     session = _Session(options, args.db or None, args.dry_run)
     with session:
         value = function(**arguments)
@@ -2820,25 +2964,32 @@ def _argument(text: str) -> tuple[str, Any]:
     return key, value
 
 
+def _check_arguments(function: Any, arguments: dict[str, Any]) -> None:
+    from inspect import signature
+
+    try:
+        signature(function).bind(**arguments)
+    except TypeError as error:
+        raise UsageError(
+            f"--arg: {getattr(function, '__name__', function)} has a {error}; see its parameters"
+        ) from error
+    except ValueError:  # a builtin that does not tell its parameters
+        return
+
+
 def _load_target(target: str) -> Any:
     """The function that TARGET names."""
-    from importlib import import_module
-
-    place, _, name = target.rpartition(":") if ":" in target[2:] else (target, "", "")
+    place, _, name = target.rpartition(":") if not target.endswith(".py") else (target, "", "")
     if not place or (not name and not place.endswith(".py")):
         raise UsageError(f"target {target!r}: expected package.module:name, file.py:name or file.py")
-    if place.endswith(".py"):
-        if not os.path.isfile(place):
-            raise UsageError(f"target {target!r}: there is no file {place!r}; name an existing one")
-        sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
-        place = os.path.basename(place)[:-3]
-    else:
-        sys.path.insert(0, os.getcwd())
+    if place.endswith(".py") and not os.path.isfile(place):
+        raise UsageError(f"target {target!r}: there is no file {place!r}; name an existing one")
     try:
-        found = import_module(place)
-    except ImportError as error:
+        found = _import_target(place)
+    except Exception as error:
+        logger.debug("importing %r failed", place, exc_info=True)
         raise UsageError(
-            f"target {target!r} cannot be imported: {error}; check its name and its imports"
+            f"target {target!r} cannot be imported: {_describe(error)}; check it, -vv shows where"
         ) from error
     for part in (name or "main").split("."):
         if not hasattr(found, part):
@@ -2849,6 +3000,25 @@ def _load_target(target: str) -> Any:
     if not callable(found):
         raise UsageError(f"target {target!r} is {found!r}, which cannot be called; name a function")
     return found
+
+
+def _import_target(place: str) -> Any:
+    """Import a module by its name, or a file from where it is, whatever else has its name."""
+    from importlib import import_module
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    if not place.endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        return import_module(place)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
+    name = os.path.basename(place)[:-3]
+    if name in sys.modules:
+        name = f"{name} of pipeloom run"
+    spec = spec_from_file_location(name, place)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Session:
@@ -2867,8 +3037,8 @@ class _Session:
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
         _Session.current = None
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            self.report()
+        if error is not None and not isinstance(error, PipelineError):
+            self.report()  # the exception goes on to whoever handles it
         return isinstance(error, PipelineError)  # the summary says it better
 
     def run(self, stage: _Stage, path: str, options: dict[str, Any]) -> RunResult:
@@ -2876,18 +3046,20 @@ class _Session:
         path, options = self.db_path or path, {**options, **self.options}
         if self.dry_run:
             for number, item in enumerate(stage.items, 1):
-                print(stage.identify(item)[1] or f"task-{number}")
+                name = _text(stage.identify(item)[1] or f"task-{number}")
+                _print(_fit(name, _width(name)).rstrip())
             return RunResult(None, 0, 0, 0, 0, 0.0)
         run = _Run(stage, path, _Settings(**options))
         try:
             return run.execute()
         finally:
-            self.runs.append((path, run.result()))
+            if run.result().total or run.writer.run_id is not None:  # else it never began
+                self.runs.append((path, run.result()))
 
     def report(self) -> int:
         """Print the summary of each run to stderr; returns the exit code."""
         for path, result in self.runs:
-            print(_summary(path, result), file=sys.stderr)
+            _say(_summary(path, result))
         return 0 if all(result.ok for _, result in self.runs) else 1
 
 
@@ -2915,21 +3087,26 @@ def _cmd_status(args: Any) -> int:
     while True:
         status = read_status(args.db, args.limit, args.failed)
         if args.watch and not args.json and _is_terminal(sys.stdout):
-            sys.stdout.write("\x1b[H\x1b[2J")
-        print(json.dumps(status) if args.json else _status_text(status), flush=True)
+            _print("\x1b[H\x1b[2J")
+        _print(json.dumps(status) if args.json else _status_text(status))
         if not args.watch or not (status["run"] and status["run"]["status"] == RUNNING):
             return 0
         time.sleep(1)
 
 
 def _cmd_init_db(args: Any) -> int:
+    if args.db == ":memory:":
+        raise UsageError("--db ':memory:' would be gone at once; name a file")
     _check_database(args.db)
-    conn = connect(args.db)
     try:
-        init_schema(conn, store_task_status=True)
-    finally:
-        conn.close()
-    print(f"database {args.db} has the tables task_runs and pipeline_runs", file=sys.stderr)
+        conn = connect(args.db)
+        try:
+            init_schema(conn, store_task_status=True)
+        finally:
+            conn.close()
+    except sqlite3.Error as error:
+        raise DatabaseError(args.db, f"cannot be used: {error}", "try again later, or use another") from error
+    _say(f"database {args.db} has the tables task_runs and pipeline_runs")
     return 0
 
 
@@ -2958,5 +3135,7 @@ if __name__ == "__main__":
     # know: hand over to the real module.
     from importlib import import_module
 
+    if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
     sys.exit(import_module(_name).main())

@@ -403,6 +403,13 @@ def test_the_writer_works_alone_on_a_plain_queue(db):
     ]
 
 
+def test_the_writer_takes_no_name_that_threads_need(db):
+    thread, writer = threading.Thread(), SQLiteWriter(db, queue.Queue())
+    ours = set(vars(SQLiteWriter)) | (set(vars(writer)) - set(vars(thread)))
+    theirs = set(dir(thread)) - set(dir(object))
+    assert ours & theirs - {"__module__", "__dict__", "__weakref__"} == {"run", "join"}
+
+
 def test_a_writer_that_cannot_open_refuses_its_producers_and_says_why(tmp_path):
     q = queue.Queue(maxsize=1)
     writer = SQLiteWriter(tmp_path / "missing" / "x.db", q)
@@ -561,6 +568,161 @@ def test_a_subclass_that_overrides_handle_sees_every_message(db):
     run(["a"], db, lambda t, q: q.put(User(t, "x")), schema=USERS, writer=Mine)
     assert rows(db, "SELECT * FROM users") == [("a", "x")]
     assert seen[:3] == [MsgTaskStarted, User, MsgTaskFinished]
+
+
+def test_a_finish_for_another_task_neither_hangs_the_run_nor_hides_that_tasks_own(db):
+    class Slow:
+        pass
+
+    told = threading.Event()
+
+    def work(task, ctx):
+        if task.task_id == 3:
+            return ctx.put(Slow())  # holds the writer up, so that what follows shares a batch
+        threading.Event().wait(0.05)
+        if task.task_id == 1:
+            ctx.put(MsgTaskFinished(2, "error", "now"))
+            told.set()
+        else:
+            assert told.wait(WAIT)
+
+    tasks = [Task(3, "c"), Task(1, "a"), Task(2, "b")]
+    slow = {Slow: lambda conn, message: threading.Event().wait(0.3)}
+    assert run(tasks, db, work, workers=3, handlers=slow).done == 3
+    assert [row[2] for row in rows(db)] == ["done"] * 3
+
+
+@pytest.mark.parametrize(
+    "sql, values",
+    [
+        ("INSERT INTO t VALUES (?), ('sep')", [("a",), ("b",)]),
+        ("INSERT INTO t SELECT count(*) FROM (VALUES (?))", [(1,), (2,)]),
+        (
+            "INSERT INTO t SELECT column1 FROM (VALUES (?)) WHERE column1 NOT IN (SELECT a FROM t)",
+            [(7,), (7,)],
+        ),
+        ("INSERT OR REPLACE INTO main.t(a) VALUES (?);", [(n,) for n in range(2_000)]),
+        ('REPLACE INTO "t" ("a") VALUES(?)', [("x",), ("y",)]),
+        (
+            "INSERT INTO u VALUES (?, ?) ON CONFLICT(k) DO UPDATE SET n = n + excluded.n",
+            [(1, 2), (1, 3), (2, 4)],
+        ),
+        ("INSERT INTO t VALUES (:a)", [{"a": 1}, {"a": 2}]),
+        ("UPDATE t SET a = ? RETURNING a", [(1,), (2,)]),
+        ("WITH w AS (SELECT ?) INSERT INTO t SELECT * FROM w", [(1,), (2,)]),
+    ],
+)
+def test_many_rows_mean_what_they_mean_one_by_one(db, sql, values):
+    if ("RETURNING" in sql and sqlite3.sqlite_version_info < (3, 35)) or sqlite3.sqlite_version_info < (
+        3,
+        24,
+    ):
+        pytest.skip("this SQLite is too old for the statement")
+    schema = "CREATE TABLE IF NOT EXISTS t(a); CREATE TABLE IF NOT EXISTS u(k PRIMARY KEY, n)"
+    run(["t"], db, lambda t, ctx: ctx.executemany(sql, values), schema=schema)
+    conn = sqlite3.connect(":memory:")
+    conn.executescript(schema)
+    for row in values:
+        conn.execute(sql, row).fetchall()
+    for table in "tu":
+        assert rows(db, f"SELECT * FROM {table}") == conn.execute(f"SELECT * FROM {table}").fetchall()
+    conn.close()
+
+
+def test_a_row_of_another_kind_than_the_first_is_an_error(db):
+    def work(task, ctx):
+        ctx.executemany("INSERT INTO users VALUES (?, ?)", [("a", "b"), {"x": 3, "y": 4}])
+
+    assert run(["t"], db, work, schema=USERS, check=False).error == 1
+    assert rows(db, "SELECT * FROM users") == []
+
+
+def test_a_table_of_the_users_may_have_any_name(db):
+    schema = "CREATE TABLE staged(id INTEGER PRIMARY KEY, name, status); CREATE TABLE message(x)"
+    for _ in range(2):
+        run(["a"], db, lambda t, ctx: ctx.execute("INSERT INTO staged(name) VALUES (?)", (t,)), schema=schema)
+        schema = None
+    assert rows(db, "SELECT name FROM staged") == [("a",), ("a",)]
+
+
+@pytest.mark.parametrize("how", ["execute", "trigger", "handler"])
+def test_a_statement_that_rolls_the_transaction_back_fails_its_task_and_no_other(db, how):
+    schema = """CREATE TABLE a(x UNIQUE); INSERT INTO a VALUES ('taken');
+        CREATE TRIGGER t BEFORE INSERT ON a WHEN new.x = 'by trigger' BEGIN SELECT RAISE(ROLLBACK, 'no'); END"""
+
+    def handler(conn, user):
+        with pytest.raises(sqlite3.IntegrityError):
+            conn.execute("INSERT OR ROLLBACK INTO a VALUES ('taken')")
+
+    def work(task, ctx):
+        if task == 3 and how == "handler":
+            ctx.put(User("x", "x"))
+        elif task == 3:
+            ctx.execute(
+                "INSERT OR ROLLBACK INTO a VALUES (?)", ("taken" if how == "execute" else "by trigger",)
+            )
+        else:
+            ctx.execute("INSERT INTO a VALUES (?)", (task,))
+
+    result = run(range(6), db, work, schema=schema, handlers={User: handler}, check=False, workers=3)
+    assert (result.done, result.error) == (5, 1)
+    assert rows(db, "SELECT count(*) FROM a") == [(6,)]
+
+
+@pytest.mark.parametrize("what", ["locked file", "no directory", "SystemExit", "locked table"])
+def test_a_handlers_own_trouble_is_its_tasks_and_is_not_waited_for(db, what):
+    other = db.parent / "other.db"
+    sqlite3.connect(str(other)).execute("CREATE TABLE x(y)").connection.close()
+    conn = sqlite3.connect(str(other), isolation_level=None)
+    conn.execute("BEGIN EXCLUSIVE")
+
+    def handler(writers, user):
+        if what == "SystemExit":
+            sys.exit("no")
+        elif what == "locked table":
+            for _ in writers.execute("SELECT * FROM users"):
+                writers.execute("DROP TABLE users")
+        path = str(other) if what == "locked file" else "/no/such/dir/x.db"
+        mine = sqlite3.connect(path, timeout=0)
+        try:
+            mine.execute("INSERT INTO x VALUES (1)")
+        finally:
+            mine.close()
+
+    def work(task, ctx):
+        if task == "bad":
+            ctx.execute("INSERT INTO users VALUES (1, 2)")
+            ctx.put(User(1, 2))
+
+    result = run(["a", "bad", "c"], db, work, schema=USERS, handlers={User: handler}, check=False)
+    conn.close()
+    assert (result.done, result.error) == (2, 1) and rows(db, "SELECT * FROM users") == []
+
+
+def test_rows_may_reference_their_tasks_row(db):
+    schema = "CREATE TABLE made(task INTEGER REFERENCES task_runs(id))"
+
+    def work(task, ctx):
+        ctx.execute("INSERT INTO made VALUES (?)", (ctx.task_id if task != "bad" else 99,))
+
+    result = run(iter(["a", "bad", "c"]), db, work, schema=schema, check=False)
+    assert (result.done, result.error) == (2, 1)
+    assert rows(db, "SELECT count(*) FROM made") == [(2,)]
+
+
+def test_a_killed_writer_without_wal_is_recovered_from(home):
+    program = """if 1:
+        import os, pipeloom, sqlite3
+        def handler(conn, message):
+            conn.execute("PRAGMA cache_size=5"); conn.execute("PRAGMA cache_spill=ON")
+            conn.executemany("INSERT INTO t VALUES (?)", [("x" * 500,)] * 20_000)
+            os.kill(os.getpid(), 9)
+        pipeloom.run_pipeline(["a"], "k.db", worker_fn=lambda t, q: q.put(b"x"), handlers={bytes: handler},
+                              schema="CREATE TABLE t(x)", progress="none", wal=False)"""
+    python("-c", program, cwd=home)
+    assert (home / "k.db-journal").stat().st_size > 0
+    run(["b"], home / "k.db", nothing, wal=False)
+    assert rows(home / "k.db", "SELECT count(*) FROM t") == [(0,)]
 
 
 def test_a_subclass_of_a_message_class_goes_to_its_handler(db):
@@ -902,6 +1064,76 @@ def test_a_dumb_terminal_gets_lines(home):
     assert code == 0 and "\x1b" not in written and "3/3" in written
 
 
+LOGGING_PROGRAM = """
+import logging, sys, threading, pipeloom
+logging.basicConfig(level=logging.INFO)
+def work(task, ctx):
+    logging.info("logged %s", task)
+    print("half", end=" "); print("printed", task)
+    ctx.sleep(0.1)
+handlers = [handler.stream for handler in logging.getLogger().handlers]
+threads = [threading.Thread(target=pipeloom.run_pipeline, args=(range(n, n + 8), f"{n}.db"),
+           kwargs={"worker_fn": work, "workers": 4, "progress": sys.argv[1]}) for n in (0, 100)[:int(sys.argv[2])]]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert handlers == [handler.stream for handler in logging.getLogger().handlers]
+assert type(sys.stdout).__name__ == type(sys.stderr).__name__ == "TextIOWrapper"
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("progress", ["ansi", "auto"])
+@pytest.mark.parametrize("runs", [1, 2])  # at once: the second shows no bars
+def test_no_line_that_is_printed_or_logged_in_any_way_is_lost_or_torn(home, progress, runs):
+    (home / "t.py").write_text(LOGGING_PROGRAM)
+    code, written = on_terminal(["t.py"], [progress, str(runs)], home)
+    assert code == 0, written
+    shown = screen(written)
+    for number in [*range(8), *range(100, 108)][: 8 * runs]:
+        assert shown.count(f"INFO:root:logged {number}") == 1, shown
+        assert shown.count(f"half printed {number}") == 1, shown
+    assert sum(line.startswith("All tasks") for line in shown) == 1, shown
+
+
+@needs_posix
+def test_a_terminal_that_stands_still_keeps_no_signal_from_ending_the_run(home):
+    import termios
+
+    (home / "t.py").write_text(
+        SLEEPER.replace('progress="none"', 'progress="ansi"').replace("print(", "str(")
+    )
+
+    def act(process):
+        deadline = time.monotonic() + WAIT
+        while not (home / "s.db").exists() and time.monotonic() < deadline:
+            threading.Event().wait(0.05)
+        threading.Event().wait(0.3)
+        termios.tcflow(sides[0], termios.TCOOFF)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(WAIT)
+        finally:
+            termios.tcflow(sides[0], termios.TCOON)
+
+    import pty
+
+    sides = []
+    opened = pty.openpty
+
+    def remember():
+        pair = opened()
+        sides.append(pair[1])
+        return pair
+
+    pty.openpty = remember
+    try:
+        code, _ = on_terminal(["t.py"], ["hangs"], home, act=act)
+    finally:
+        pty.openpty = opened
+    assert code == -signal.SIGTERM
+
+
 def test_a_closed_stderr_harms_nothing(home):
     if os.name == "nt":
         pytest.skip("needs a shell")
@@ -910,6 +1142,16 @@ def test_a_closed_stderr_harms_nothing(home):
     command = f"('{sys.executable}' -m pipeloom demo -n 6; echo $? >code) 2>&1 | head -c 1 >out"
     subprocess.run(command, shell=True, cwd=str(home), timeout=60)
     assert (home / "code").read_text() == "0\n"
+    command = f"('{sys.executable}' -m pipeloom demo -n 3 --fail 1; echo $? >code) 2>&1 | true"
+    subprocess.run(command, shell=True, cwd=str(home), timeout=60)
+    assert (home / "code").read_text() == "1\n"
+    command = f"'{sys.executable}' -m pipeloom status --db nothing.db 2>&- >out"
+    assert subprocess.run(command, shell=True, cwd=str(home), timeout=60).returncode == 2
+    assert (home / "out").read_text() == ""
+    if os.path.exists("/dev/full"):
+        command = f"'{sys.executable}' -m pipeloom status --db wal_demo.db >/dev/full"
+        done = subprocess.run(command, shell=True, cwd=str(home), timeout=60, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and done.stderr.startswith(b"pipeloom: stdout cannot be written")
 
 
 @pytest.mark.parametrize("with_rich", [False, pytest.param(True, marks=needs_rich)])
@@ -1152,6 +1394,33 @@ def test_whatever_a_worker_raises_ends_its_task_only(db, error):
     assert type(error).__name__ in rows(db, "SELECT traceback FROM task_runs WHERE id = 2")[0][0]
 
 
+@pytest.mark.parametrize(
+    "error", [SyntaxError("bad", ("f", "1", "1", "text")), SyntaxError("bad", ("f", 1, 1, 5))]
+)
+def test_an_exception_that_cannot_be_shown_ends_its_task(db, error):
+    def work(task, ctx):
+        raise error
+
+    assert run([1, 2], db, work, check=False).error == 2
+
+
+def test_a_subclass_of_a_status_message_is_one(db):
+    class Mine(MsgTaskFinished):
+        pass
+
+    def work(task, ctx):
+        ctx.execute("INSERT INTO users VALUES (?, 1)", (task,))
+        if task == "bogus":
+            with pytest.raises(pipeloom.MessageRefused, match="status 'bogus' is unknown"):
+                ctx.put(Mine(ctx.task_id, task, "now"))
+        else:
+            ctx.put(Mine(ctx.task_id, task, "now"))
+
+    result = run(["error", "done", "bogus"], db, work, schema=USERS, check=False)
+    assert (result.done, result.error) == (2, 1)
+    assert rows(db, "SELECT key FROM users ORDER BY key") == [("bogus",), ("done",)]
+
+
 def test_an_exception_whose_text_raises_is_told_all_the_same(db):
     class Mute(Exception):
         def __str__(self):
@@ -1261,7 +1530,7 @@ def test_memory_does_not_grow_with_the_number_of_tasks(home):
             ([Task(1, "a"), Task(1, "b")], "x.db"),
             {"worker_fn": nothing},
             ValueError,
-            "task_id 1 is given twice",
+            "task_id 1 is that of Task",
         ),
         (([Task("x", "a")], "x.db"), {"worker_fn": nothing}, ValueError, "task_id 'x' cannot be stored"),
         (([Task(2**63, "a")], "x.db"), {"worker_fn": nothing}, ValueError, "task_id 9223372036854775808"),
@@ -1289,10 +1558,49 @@ def test_a_double_id_from_a_generator_is_an_error_and_the_rest_is_stored(db):
 
     timer = threading.Timer(0.1, release.set)
     timer.start()
-    with pytest.raises(ValueError, match="task_id 1 of task 'b' is taken by 'a'"):
+    with pytest.raises(ValueError, match="task_id 1 of task 'b' is another task's"):
         run(tasks(), db, work, workers=1)
     timer.join()
     assert len(rows(db)) == 1
+
+
+def test_an_id_that_a_settled_task_has_had_is_an_error(db):
+    def tasks():
+        yield Task(5, "first")
+        yield Task(1, "lower, and new")
+        while len(done) < 2:
+            threading.Event().wait(0.01)
+        yield Task(5, "again")
+
+    class Counting(pipeloom.Progress):
+        def update(self, message):
+            if type(message) is MsgTaskFinished:
+                done.append(message.task_id)
+
+    done = []
+    with pytest.raises(ValueError, match="task_id 5 of task 'again' is another task's in this run"):
+        run(tasks(), db, nothing, progress=Counting())
+    assert rows(db) == [(1, "lower, and new", "done"), (5, "first", "done")]
+    with pytest.raises(ValueError, match="task_id 1 is that of"):
+        run(["numbered 1", Task(1, "a")], db, nothing)
+
+
+def test_any_iterable_is_pulled(db):
+    from collections import deque
+
+    for number, tasks in enumerate(
+        [deque("ab"), {"a", "b"}, {"a": 1, "b": 2}, (c for c in "ab"), ("a", "b")]
+    ):
+        assert run(tasks, db.parent / f"{number}.db", nothing).done == 2
+
+
+def test_what_a_worker_said_of_other_ids_is_not_left_running(db):
+    def work(task, ctx):
+        ctx.put(MsgTaskStarted(70, "its own", "now"))
+        ctx.put(MsgTaskProgress(77, 1, 2))
+
+    run(["a"], db, work)
+    assert rows(db) == [(1, "a", "done"), (70, "its own", "cancelled"), (77, "task-77", "cancelled")]
 
 
 def test_runs_follow_each_other_nest_and_work_in_any_thread(tmp_path):
@@ -1395,6 +1703,7 @@ def test_a_signal_lets_what_runs_finish_and_a_second_one_leaves_at_once(home, nu
         universal_newlines=True,
     )
     assert process.stdout.readline() == "ready\n"
+    threading.Event().wait(0.2)  # in Python, a signal just before a system call that blocks goes unnoticed
     process.send_signal(number)
     for _ in range(times - 1):
         assert "nothing new starts" in process.stderr.readline()
@@ -1518,6 +1827,20 @@ def test_run_calls_a_function_of_the_users_with_the_users_classes(home, module, 
     assert not (home / "own.db").exists()
 
 
+@pytest.mark.parametrize("name", ["site.py", "types.py", "2024.01.py"])
+def test_run_takes_a_file_from_where_it_is_whatever_its_name(home, name):
+    (home / "jobs").mkdir()
+    (home / "jobs" / name).write_text(USER_FILE.format(module="pipeloom"))
+    done = python("-m", "pipeloom", "run", f"jobs/{name}", cwd=home, code=0)
+    assert "2 done" in done.stderr
+
+
+def test_run_tells_in_one_line_why_a_file_cannot_be_imported(home):
+    (home / "bad.py").write_text("def main(:\n")
+    done = python("-m", "pipeloom", "run", "bad.py", cwd=home, code=2)
+    assert "SyntaxError" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_run_tells_failures_by_their_cause(home):
     (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
     done = python("-m", "pipeloom", "run", "job.py", "--arg", "bad=true", cwd=home, code=1)
@@ -1535,7 +1858,7 @@ def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
     "arguments, said",
     [
         (["run", "nowhere.py"], "there is no file 'nowhere.py'"),
-        (["run", "no_such_module_x:main"], "cannot be imported: No module named 'no_such_module_x'"),
+        (["run", "no_such_module_x:main"], "cannot be imported: ModuleNotFoundError: No module named"),
         (["run", "json:nothing"], "'json' has no 'nothing'"),
         (["run", "json"], "target 'json': expected package.module:name, file.py:name or file.py"),
         (["run", "math:pi"], "which cannot be called; name a function"),
@@ -1548,6 +1871,12 @@ def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
         (["demo", "--db", "."], "is a directory"),
         (["init-db", "--db", "no/such/dir.db"], "there is no directory"),
         (["status", "--limit", "x"], "'x': expected a whole number from 1"),
+        (["status", "--limit", "9" * 20], "expected a whole number from 1"),
+        (["demo", "--db", ""], "database '' is no file name"),
+        (["init-db", "--db", ":memory:"], "would be gone at once"),
+        (["demo", "--log-file", "no/such/x.log"], "--log-file 'no/such/x.log' cannot be written"),
+        (["run", "json:dumps", "--arg", "nosuch=1"], "missing a required argument: 'obj'"),
+        (["run", "j:main"], "cannot be imported: ModuleNotFoundError"),
         (["dance"], "invalid choice: 'dance'"),
         ([], "required: COMMAND"),
     ],
@@ -1597,6 +1926,28 @@ def test_status_refuses_what_is_no_database_of_pipeloom(tmp_path, capsys, quiet_
     for name in ("empty.db", "text.db"):
         assert cli("status", "--db", tmp_path / name) == 2
         assert "has no status" in capsys.readouterr().err
+
+
+def test_status_leaves_nothing_behind_and_knows_a_dead_run(home):
+    program = """if 1:
+        import os, pipeloom
+        def work(task, ctx):
+            if task: os.kill(os.getpid(), 9)
+        pipeloom.run_pipeline(range(2), "k.db", workers=1, worker_fn=work, progress="none")"""
+    run(["a"], home / "fine.db", nothing)
+    before = sorted(home.iterdir())
+    python("-m", "pipeloom", "status", "--db", "fine.db", cwd=home, code=0)
+    assert [p for p in sorted(home.iterdir()) if p.name != "__pycache__"] == before
+    python("-c", program, cwd=home)
+    out = python("-m", "pipeloom", "status", "--db", "k.db", "--watch", cwd=home, code=0).stdout
+    assert "last run: interrupted" in out
+
+
+def test_an_ascii_stdout_shows_any_name(home):
+    run(["\u65e5\u672c\n"], home / "n.db", nothing)
+    env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = python("-m", "pipeloom", "status", "--db", "n.db", cwd=home, code=0, env=env)
+    assert "\\u65e5" in done.stdout
 
 
 def test_init_db_makes_the_tables(db, quiet_root):
