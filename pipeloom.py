@@ -82,13 +82,13 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 __all__ = [
-    "SENTINEL", "DatabaseError", "DemoTask", "MessageRefused", "Msg", "MsgExecute", "MsgTaskFinish",
-    "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted", "PipelineError",
-    "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task", "TaskCancelled",
-    "TaskContext",
-    "TaskDef", "UsageError", "UsageTypeError", "WriterFailed", "__version__", "connect", "console",
-    "demo_worker", "init_schema", "logger", "main", "make_overall_progress", "make_task_progress",
-    "preregister_task_bars", "run_pipeline", "setup_logging", "wal_checkpoint",
+    "SENTINEL", "DatabaseError", "DemoTask", "Failure", "MessageRefused", "Msg", "MsgExecute",
+    "MsgTaskFinish", "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted",
+    "PipelineError", "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task",
+    "TaskCancelled", "TaskContext", "TaskDef", "UsageError", "UsageTypeError", "WriterFailed",
+    "__version__", "connect", "console", "demo_worker", "init_schema", "logger", "main",
+    "make_overall_progress", "make_task_progress", "preregister_task_bars", "run_pipeline",
+    "setup_logging", "wal_checkpoint",
 ]  # fmt: skip
 
 QUEUED, RUNNING, DONE, ERROR, CANCELLED = "queued", "running", "done", "error", "cancelled"
