@@ -866,8 +866,7 @@ class SQLiteWriter(threading.Thread):
                     break
                 if batch:
                     self._store(batch)
-            if self.conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
-                self._checkpoint()
+            self._checkpoint()
         except BaseException as error:
             self.error = self._failure(error)
             logger.debug("the writer failed", exc_info=True)
@@ -902,7 +901,7 @@ class SQLiteWriter(threading.Thread):
 
     def _checkpoint(self) -> None:
         try:
-            wal_checkpoint(self.conn)
+            wal_checkpoint(self.conn)  # without WAL it does nothing
         except sqlite3.Error:  # the next opening reads the WAL as well
             logger.debug("the last checkpoint failed", exc_info=True)
 
@@ -1120,7 +1119,9 @@ class SQLiteWriter(threading.Thread):
             known = self._rows.get(id)
             found = None if known is None else _row_values(known)
             if found is None and id <= self.last_id and self.store and self._own_sender(message) is None:
-                found = self.conn.execute(LOAD_TASK, (id,)).fetchone()
+                cursor = self.conn.cursor()
+                cursor.row_factory = None  # a handler may have set the connection's
+                found = cursor.execute(LOAD_TASK, (id,)).fetchone()
             if found is not None:
                 row = self._pending[id] = _TaskRow(*found)
         return row
@@ -1595,7 +1596,7 @@ class _Above:
             if handler.stream is self:
                 handler.setStream(self._stream)
         while self._halves:
-            self._screen.above(self._stream, self._halves.popitem()[1])
+            self._screen.above(self._stream, self._halves.popitem()[1] + "\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -2588,8 +2589,9 @@ class _Run:
         self._signals.append(number)
         self.stopping = self.stopping or "interrupted"
         self.writer.hurried = len(self._signals) > 2
+        if len(self._signals) > 2:
+            signal.signal(number, signal.SIG_DFL)  # should all that be in vain, the next one ends the process
         if self._pulling:
-            self._pulling = False
             raise _Interrupted
 
     def _heed_signals(self) -> None:
@@ -2598,7 +2600,7 @@ class _Run:
             self._heeded = len(self._signals)
             name = signal.Signals(self._signals[-1]).name
             if self._heeded == 1:
-                running = len(self._live) - len(self._ready)
+                running = len(self._threads) - self._idle
                 logger.warning(
                     "%s: nothing new starts; %d running tasks finish (again: leave now)", name, running
                 )
@@ -2733,6 +2735,8 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
             raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
         if "readonly" in str(error):
             raise DatabaseError(db_path, "was left half-written", "run again; that rolls it back") from error
+        if "no such table" in str(error) and _RunLock.is_held(db_path):  # a run is about to make it
+            return {"database": db_path, "counts": {}, "run": None, "tasks": []}
         raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
     finally:
         conn.close()
@@ -3085,11 +3089,12 @@ def _cmd_status(args: Any) -> int:
     import json
 
     while True:
+        live = _RunLock.is_held(args.db)
         status = read_status(args.db, args.limit, args.failed)
         if args.watch and not args.json and _is_terminal(sys.stdout):
             _print("\x1b[H\x1b[2J")
         _print(json.dumps(status) if args.json else _status_text(status))
-        if not args.watch or not (status["run"] and status["run"]["status"] == RUNNING):
+        if not args.watch or not live:
             return 0
         time.sleep(1)
 
