@@ -619,8 +619,8 @@ class Channel:
     ) -> bool:
         """Hand over a message, waiting while the channel is full; False if the sender is closed.
 
-        `last` closes the sender with this message, in one step: whoever comes first (the worker, its
-        deadline, a second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
+        `last` closes the sender with this message, in one step: whoever comes first (the worker, or a
+        second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
         """
         with self._lock:
             while wait and self._weight >= self._limit and self.failure is None:
@@ -2609,7 +2609,7 @@ class _Run:
                 self._leave_at = now
         if self._leave_at is not None and now >= self._leave_at:
             self._leave_at = now + 2
-            self.writer.hurried = self._left  # it has had two seconds to store what finished
+            self.writer.hurried |= self._left  # it has had two seconds to store what finished
             self._leave()
 
     def _leave(self) -> None:

@@ -218,7 +218,7 @@ def test_messages_are_frozen_and_have_the_fields_of_the_original_in_their_order(
 def test_progress_that_is_plain_is_clamped(db, message, stored):
     def work(task, q):
         q.put(message)
-        q.put(MsgTaskFinished(1, "error", "now"))
+        q.put_nowait(MsgTaskFinished(1, "error", "now"))
 
     run([Task(1, "one")], db, work)
     assert rows(db, "SELECT progress FROM task_runs") == [(stored,)]
@@ -1672,6 +1672,19 @@ def test_without_task_status_there_are_only_the_users_tables(db):
     )
     assert result.done == 1
     assert rows(db, "SELECT name FROM sqlite_master WHERE type = 'table'") == [("users",)]
+
+
+def test_a_third_signal_hurries_the_writer_at_once(db):
+    stage = pipeloom._Stage(nothing, [], lambda item: (None, None), True)
+    this = pipeloom._Run(stage, str(db), pipeloom._Settings(progress="none"))
+    for hurried in (False, False, True):
+        this._on_signal(signal.SIGINT, None)
+        assert this.writer.hurried is hurried
+    try:
+        this._heed_signals()  # which saw none of the three before
+        assert this._left and this.writer.hurried
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the third had made it the system's
 
 
 STUBBORN = """
