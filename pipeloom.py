@@ -50,11 +50,13 @@ import sqlite3
 import sys
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import chain, count, islice
+from heapq import heappop, heappush
+from itertools import chain, compress, count, islice
 from operator import attrgetter, index
 from types import CoroutineType
 from unicodedata import category, east_asian_width
@@ -84,7 +86,7 @@ __version__ = "1.0.0"
 __all__ = [
     "SENTINEL", "DatabaseError", "DemoTask", "Failure", "MessageRefused", "Msg", "MsgExecute",
     "MsgTaskFinish", "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted",
-    "PipelineError", "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task",
+    "Pipeline", "PipelineError", "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task",
     "TaskCancelled", "TaskContext", "TaskDef", "UsageError", "UsageTypeError", "WriterFailed",
     "__version__", "connect", "console", "demo_worker", "init_schema", "logger", "main",
     "make_overall_progress", "make_task_progress", "preregister_task_bars", "run_pipeline",
@@ -145,7 +147,7 @@ class PipelineError(PipeloomError):
         more = f" (and {result.error - 1:,} more)" if result.error > 1 else ""
         super().__init__(
             f"{result.error:,} of {result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
-            "mend the cause and run again"
+            "mend the cause and run again, with resume=True for what is not done"
         )
         self.result = result
 
@@ -367,6 +369,10 @@ MERGE = (
     "DELETE FROM temp.pipeloom_staged",
 )
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
+INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
+FIND_NAME = "SELECT id, status FROM task_runs WHERE name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
+FIND_ID = "SELECT id, status, run_id FROM task_runs WHERE id = ?"
+FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
     "INSERT INTO pipeline_runs(started_at, status, host, pid, version, done, error, cancelled, skipped)"
     " VALUES (?, 'running', ?, ?, ?, 0, 0, 0, 0)"
@@ -737,12 +743,19 @@ class _MsgQueued:
 
 
 @dataclass(frozen=True)
+class _MsgOpened:
+    """The engine's: this stage has tasks of its own now, and not the row that stood for them all."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class _MsgRunEnded:
     """The engine's last: how the run ended, and why what was never started will not be."""
 
     status: str
     reason: str
-    counts: tuple[int, int, int, int]  # done, error, cancelled, skipped
+    counts: tuple[int, ...]  # done, error, cancelled, skipped
 
 
 class _TaskRow:
@@ -806,6 +819,7 @@ class SQLiteWriter(threading.Thread):
         self.display: Any = _TaskBars(task_progress, task_bar_map or {}) if task_progress else None
         self.run_of: _Run | None = None  # the engine whose writer this is
         self.run_id: int | None = None
+        self.index_names = False  # where tasks are known by their names
         self.last_id = -(2**63)  # the highest id that is committed in task_runs: what is above it is new
         self.conn: sqlite3.Connection = None  # type: ignore[assignment]
         self.error: BaseException | None = None
@@ -825,6 +839,7 @@ class SQLiteWriter(threading.Thread):
         }
         self._engine_messages: dict[type, Callable[[Any], None]] = {
             _MsgQueued: self._on_queued,
+            _MsgOpened: self._on_opened,
             _MsgRunEnded: self._on_run_ended,
         }
         if not isinstance(handlers or {}, Mapping):
@@ -921,7 +936,10 @@ class SQLiteWriter(threading.Thread):
         if self.store:
             self.conn.execute(CREATE_STAGING)
             last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0]
-            self.last_id = self.last_id if last_id is None else last_id
+            if last_id is not None:
+                self.last_id = last_id
+                if self.index_names:
+                    self.conn.execute(INDEX_NAMES)
             if self.run_of is not None:
                 self._start_run()
         self._own(COMMIT)
@@ -1130,8 +1148,9 @@ class SQLiteWriter(threading.Thread):
         """The same; one that was never started gets a row all the same."""
         row, id = self._row(message), message.task_id
         if row is None:
-            name = self._sender.name if self._sender and self._sender.owns(message) else f"task-{id}"
-            row = self._pending[id] = _TaskRow(id, name, QUEUED, run_id=self.run_id)
+            sender = self._own_sender(message)
+            name, attempts = (sender.name, sender.attempt - 1) if sender else (f"task-{id}", 0)
+            row = self._pending[id] = _TaskRow(id, name, QUEUED, attempts=attempts, run_id=self.run_id)
         return row
 
     def _own_sender(self, message: Any) -> TaskContext | None:
@@ -1163,13 +1182,15 @@ class SQLiteWriter(threading.Thread):
         sender, row = self._own_sender(m), self._row_or_new(m)
         if sender is None and row.status in FINAL:
             return  # the first finish counts; a worker's own is the first, as its context sees to that
-        row.status, row.finished_at, row.result, row.message = m.status, m.finished_at, m.result, m.message
-        row.run_id = self.run_id
+        if m.status == ERROR and sender is not None and sender.may_retry():
+            m = MsgTaskFinished(m.task_id, QUEUED, "", None, f"attempt {sender.attempt} failed: {m.message}")
+        row.status, row.result, row.message, row.run_id = m.status, m.result, m.message, self.run_id
+        row.finished_at = m.finished_at or None
         if m.status == DONE:
             row.progress = 1.0
         self._news[m.task_id, MsgTaskFinished] = m
         if sender is not None:
-            row.traceback = sender.traceback
+            row.traceback = sender.traceback if m.status != DONE else None
             self._settled.append((sender, m.status, m.message))
 
     def _on_execute(self, m: MsgExecute) -> None:
@@ -1211,6 +1232,9 @@ class SQLiteWriter(threading.Thread):
         for id, name in m.tasks:
             self._pending[id] = _TaskRow(id, name, QUEUED, run_id=self.run_id)
 
+    def _on_opened(self, m: _MsgOpened) -> None:
+        self.conn.execute(FORGET, (m.name,))
+
     def _on_run_ended(self, m: _MsgRunEnded) -> None:
         if not self.store:
             return
@@ -1249,7 +1273,8 @@ class Progress:
 
     start() and stop() run in the thread that called run_pipeline, update() in the writer's, with every
     message that has been committed (of several progress messages of a task in one commit, the last). A
-    display that raises is switched off; one that blocks holds up the writer.
+    finish whose status is "queued" is that of an attempt which failed and will be repeated. A display that
+    raises is switched off; one that blocks holds up the writer.
     """
 
     def start(self, total: int | None) -> None:
@@ -1302,10 +1327,11 @@ class _Board(Progress):
                 bar.completed, bar.total, bar.text = message.step, message.total, message.message
         elif kind is MsgTaskFinished:
             self.running.pop(message.task_id, None)
-            self.counts[message.status] += 1
+            if message.status in self.counts:  # "queued" is an attempt that failed and will be repeated
+                self.counts[message.status] += 1
 
     def settled(self) -> int:
-        return sum(self.counts.values())
+        return sum(self.counts[status] for status in FINAL)
 
     def overall(self) -> _Bar:
         """The bar for all tasks."""
@@ -1317,7 +1343,7 @@ class _Board(Progress):
             parts.append(f"eta {_clock(elapsed / settled * (self.total - settled))}")
         parts += [
             f"{self.counts[s]:,} {w}"
-            for s, w in ((ERROR, "failed"), (CANCELLED, "cancelled"))
+            for s, w in ((ERROR, "failed"), (CANCELLED, "cancelled"), ("skipped", "skipped"))
             if self.counts[s]
         ]
         if self.total == 0:
@@ -1891,7 +1917,7 @@ class TaskContext:
     __slots__ = (
         "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed",
         "error", "has_news", "held", "name", "news", "reason", "rejected", "stage", "task", "task_id",
-        "traceback",
+        "thread", "traceback",
     )  # fmt: skip
 
     def __init__(
@@ -1912,6 +1938,7 @@ class TaskContext:
         self.has_news = False  # and it is on its way to the writer
         self.error: BaseException | None = None
         self.traceback: str | None = None
+        self.thread: threading.Thread | None = None  # that runs it, where there is a deadline
         self._held_rows = 0
         self._limit = MANY_ROWS if stage.atomic else STREAM_ROWS
         self._group: list[Any] = []  # rows of consecutive statements with the same SQL
@@ -2040,11 +2067,14 @@ class TaskContext:
     def owns(self, message: Any) -> bool:
         return bool(message.task_id == self.task_id)
 
+    def may_retry(self) -> bool:
+        return self.attempt <= self.stage.retries and self._run.stopping is None
+
     def finish(self, message: MsgTaskFinished, wait: bool = True) -> bool:
         """End the attempt with this message; False if something else has ended it before.
 
-        The worker calls it, and so does the second Ctrl-C, which leaves its rows alone: the writer applies
-        those of a done task only.
+        The worker calls it, and so do a deadline and the second Ctrl-C, which leave its rows alone: the
+        writer applies those of a done task only.
         """
         if message.status == DONE and not self.closed:
             self._send_group()
@@ -2128,6 +2158,9 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
 FAILURES_KEPT = 100  # in a RunResult
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
+LIVE = 20_000  # tasks that are submitted and not settled; beyond that none is pulled
+TROUBLES = {ERROR: "failed", CANCELLED: "was cancelled"}
+LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 
 
 @dataclass(frozen=True)
@@ -2176,10 +2209,20 @@ class _Settings:
     handlers: Mapping[type, Handler] | None = None
     busy_timeout: float = 300.0
     durable: bool = False
+    resume: bool = False
+    retries: int = 0
+    retry_delay: float = 1.0
+    timeout: float | None = None
     atomic: bool = True
     writer: type[SQLiteWriter] = SQLiteWriter
 
     def __post_init__(self) -> None:
+        _check_stage_options({name: getattr(self, name) for name in STAGE_OPTIONS})
+        if self.resume and not self.store_task_status:
+            raise UsageError(
+                "resume=True needs to know what is done, and store_task_status=False keeps no record of it; "
+                "leave one of them out"
+            )
         if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
             raise UsageError(f"workers={self.workers!r}: expected a whole number from 1; None is one per CPU")
         if not isinstance(self.busy_timeout, (int, float)) or not self.busy_timeout >= 0:
@@ -2190,36 +2233,87 @@ class _Settings:
             raise UsageTypeError(f"schema={self.schema!r}: expected a str of SQL statements")
 
 
+STAGE_OPTIONS = ("retries", "retry_delay", "timeout", "atomic")  # a stage may have its own
+
+
+def _check_stage_options(options: Mapping[str, Any]) -> None:
+    retries, delay = options.get("retries", 0), options.get("retry_delay", 0)
+    timeout = options.get("timeout")
+    if not isinstance(retries, int) or retries < 0:
+        raise UsageError(f"retries={retries!r}: expected a whole number from 0")
+    if not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
+        raise UsageError(f"retry_delay={delay!r}: expected a number of seconds from 0")
+    if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf")):
+        raise UsageError(f"timeout={timeout!r}: expected a number of seconds above 0, or None for no limit")
+
+
 class _Stage:
-    """The tasks that share one function: `call` takes the context, `identify` says (task_id, name)."""
+    """The tasks of a run that share one function and its options, and how far the run is with them.
+
+    `call` takes the context of an attempt. `source` is an iterable of items, or a function that makes one;
+    `identify` takes an item and its position, from 1, and says (task_id, name), either of them perhaps
+    None. A stage ends when its source is exhausted and all that it submitted is settled; then those of its
+    `followers` start that wait for nothing else.
+    """
+
+    retries: int
+    retry_delay: float
+    timeout: float | None
+    atomic: bool
 
     def __init__(
         self,
         call: Callable[[TaskContext], object],
-        items: Iterable[Any],
-        identify: Callable[[Any], tuple[int | None, str | None]],
-        atomic: bool,
+        source: Any,
+        identify: Callable[[Any, int], tuple[Any, str | None]],
+        name: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        lone: bool = False,
     ) -> None:
-        self.call = call
-        self.items = items
-        self.identify = identify
-        self.atomic = atomic
+        self.call, self.source, self.identify, self.name = call, source, identify, name
+        self.options = options or {}
+        self.lone = lone  # one task, which is known at the start
+        self.followers: list[_Stage] = []
+        self.awaits: list[str] = []  # names of single tasks that it comes after
+        self.waits = 0  # how many stages and single tasks before it have not ended yet
+        self.doomed = ""  # why its tasks are cancelled instead of started
+        self.spoiled = ""  # which of its tasks did not succeed, for its followers
+        self.upcoming: Iterator[tuple[Any, int, str, str | None]] | None = None  # once it is open
+        self.submitted = 0  # changed by the one thread that pulls it
+        self.settled = 0  # changed by the writer's
+        self.exhausted = False
+        self.registered: int | None = None  # tasks that were `queued` rows before they are submitted
+        self.by_name = True  # some of its tasks are known by their names only
+        self.highest = 0  # of the ids that known tasks have themselves: the others' are above it
 
 
 class _Interrupted(KeyboardInterrupt):
     """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
 
 
+def _stack_of(thread: threading.Thread | None) -> str:
+    """Where a thread is just now."""
+    from traceback import format_stack
+
+    frame = sys._current_frames().get(thread.ident or 0) if thread else None
+    return _text("its thread was here:\n" + "".join(format_stack(frame)) if frame else "its thread had ended")
+
+
 class _Run:
     """One run, from the first task to the last commit.
 
-    The calling thread pulls tasks and waits; workers take them from `_ready`; the writer calls settle().
-    `_lock` guards `_live`, the counts and the two conditions: workers wait on `_work` for a task (announced
+    The calling thread pulls tasks and waits; workers take them from `_ready`; the writer calls settle(); a
+    timer starts what waits for a retry and ends what is beyond its deadline. `_lock` guards the counts, the
+    stages' ends, `_later`, `_timed` and the three conditions: workers wait on `_work` for a task (announced
     by _submit and _dismiss), the calling thread on `_wake` for room or settled tasks (announced by _take
-    and settle; it polls besides, for signals). `_ready` is a deque, whose ends are safe without a lock.
+    and settle; it polls besides, for signals), the timer on `_time` for the next moment (announced by
+    whoever brings that forward, and by _dismiss). `_ready` is a deque, whose ends are safe without a lock,
+    and of `_live` only single operations are used. The channel's lock may be taken inside `_lock`.
     """
 
-    def __init__(self, stage: _Stage, db_path: str, settings: _Settings) -> None:
+    clock: Callable[[], float] = staticmethod(time.monotonic)  # of retries and deadlines
+
+    def __init__(self, stages: list[_Stage], db_path: str, settings: _Settings) -> None:
         self.settings = settings
         self.channel = Channel()
         self.display = _display_of(settings.progress)
@@ -2229,13 +2323,15 @@ class _Run:
         self.failures: list[Failure] = []
         self.first_error: BaseException | None = None
         self.unreported = 0  # failures that the workers did not report themselves
-        self._stage = stage
-        self._total = len(stage.items) if isinstance(stage.items, Sequence) else None
-        self._workers = settings.workers or min(self._total or os.cpu_count() or 1, os.cpu_count() or 1)
+        self._stages = stages
+        self._take_stages()
+        self._workers = settings.workers or min(self._total() or os.cpu_count() or 1, os.cpu_count() or 1)
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._timer = threading.Thread(target=self._keep_time, name="pipeloom-timer", daemon=True)
+        self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._wake = threading.Condition(self._lock)
+        self._time = threading.Condition(self._lock)
         self._sleepers = threading.Condition()  # tasks in ctx.sleep(); cancel() wakes them
         self._ready: deque[TaskContext] = deque()
         self._room = max(64, 4 * self._workers)  # how many tasks are pulled ahead
@@ -2243,15 +2339,39 @@ class _Run:
         self._dismissed = False
         self._stirred = False  # something happened since the calling thread last looked
         self._live: dict[int, TaskContext] = {}  # submitted and not settled
-        self._counts = dict.fromkeys(FINAL, 0)
+        self._later: list[tuple[float, int, TaskContext, str]] = []  # a heap of what waits for a retry
+        self._timed: dict[TaskContext, float] = {}  # the deadlines of what runs
+        self._counts = dict.fromkeys((*FINAL, "skipped"), 0)
         self._next_id = 1
-        self._unsubmitted = 0  # known tasks that no worker was given yet
+        self._old = -(2**63)  # the highest id of earlier runs
+        self._taken: dict[int, int] = {}  # which of those are some task's in this run: 1,024 bits an entry
+        self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
+        self._reader: sqlite3.Connection | None = None  # the calling thread's
         self._signals: list[int] = []
         self._heeded = 0
         self._leave_at: float | None = None
         self._left = False  # what ran was cancelled
         self._shown = False  # the display was started
         self._pulling = False  # the calling thread is inside the user's iterator
+        self._fault: BaseException | None = None  # for the calling thread to raise
+
+    def _take_stages(self) -> None:
+        self._sources: deque[_Stage] = deque()  # stages whose tasks may be pulled
+        self._stages_left = len(self._stages)
+        self._waiters: dict[str, list[_Stage]] = {}  # by the name of the task that they wait for
+        self._known = self._unknown = 0  # tasks, and stages of which nobody can say how many they have
+        for stage in self._stages:
+            for option in STAGE_OPTIONS:
+                setattr(stage, option, stage.options.get(option, getattr(self.settings, option)))
+            for name in stage.awaits:
+                self._waiters.setdefault(name, []).append(stage)
+            if isinstance(stage.source, Sequence):
+                self._known += len(stage.source)
+            else:
+                self._unknown += 1
+
+    def _total(self) -> int | None:
+        return None if self._unknown else self._known
 
     def _make_writer(self, db_path: str) -> SQLiteWriter:
         s = self.settings
@@ -2301,116 +2421,330 @@ class _Run:
         return result
 
     def _start(self) -> None:
+        self.writer.index_names = any(stage.by_name for stage in self._stages)
         self.writer.start()
         while not self.writer.opened.wait(POLL):  # it opens, or fails, within busy_timeout
             self.writer.hurried = bool(self._signals)
-        self._check_writer()
+        self._check_faults()
         if self.writer.db_path == ":memory:":
             logger.warning("the database is :memory:, so that nothing is left of it after the run")
         logger.info("database %r is open; %d workers start", self.writer.db_path, self._workers)
-        self._register()
+        self._old = self.writer.last_id
+        self._next_id = max(1, self._old + 1, *(stage.highest + 1 for stage in self._stages))
+        first = [stage for stage in self._stages if not stage.waits]
+        for stage in self._stages:
+            if isinstance(stage.source, Sequence):
+                self._register(stage, stage.source)
+        self._show()
+        with self._lock:
+            for stage in first:
+                if self._begin(stage):
+                    self._end(stage)
+        self._start_threads()
+
+    def _show(self) -> None:
         try:
-            self.display.start(self._total)
+            self.display.start(self._total())
             self._shown = True
         except BaseException as error:  # even its SystemExit is not the run's
             self.writer.display = None
             logger.warning("the progress display failed and is off: %s", _describe(error))
-        self._start_workers()
 
-    def _start_workers(self) -> None:
+    def _show_counts(self) -> None:
+        """Tell our displays what becomes known while the run is on."""
+        if isinstance(self.display, _Board):
+            self.display.total, self.display.counts["skipped"] = self._total(), self._counts["skipped"]
+
+    def _start_threads(self) -> None:
         for number in range(self._workers):
-            thread = threading.Thread(target=self._work_on, name=f"pipeloom-worker-{number + 1}", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:  # the system has no thread left
-                if not number:
-                    raise
-                logger.warning("only %d of %d workers start: %s", number, self._workers, error)
-                return
-            self._threads.append(thread)
+            if not self._start_worker():
+                logger.warning("only %d of %d workers start", number, self._workers)
+                break
+        self._check_faults()
+        if any(stage.retries or stage.timeout for stage in self._stages):
+            self._timer.start()
 
-    def _check_writer(self) -> None:
-        if self.writer.error is not None:
-            raise self.writer.error
-
-    def _register(self) -> None:
-        """Tasks that are known now are `queued` rows at once."""
-        if self._total is None:
-            return
-        known = map(self._identity, self._stage.items)
-        while some := list(islice(known, 10_000)):
-            self.channel.put(None, _MsgQueued(some), len(some))
-        self._unsubmitted = self._total
-        self._next_id = 1
-
-    def _identity(self, item: Any) -> tuple[int, str]:
-        given, name = self._stage.identify(item)
-        id = _task_id(self._next_id if given is None else given)
-        self._next_id = max(self._next_id, id + 1)
-        return id, _text(name) if name else f"task-{id}"
-
-    def _pull_all(self) -> None:
-        items = iter(self._stage.items)
-        more = True
-        while True:
-            self._heed_signals()
-            self._check_writer()
-            if self.stopping:
-                self._cancel_ready()
-            elif more and len(self._ready) < self._room:
-                more = self._pull_some(items)
-                continue
-            if not self._live and (self.stopping or not more):
-                return
-            with self._lock:
-                if not self._stirred:
-                    self._wake.wait(POLL)
-                self._stirred = False
-
-    def _pull_some(self, items: Iterator[Any]) -> bool:
-        """Fill `_ready`; False at the end of the items."""
-        while len(self._ready) < self._room and not self.stopping:
-            try:
-                self._pulling = True
-                item = next(items)
-                self._pulling = False
-            except (StopIteration, _Interrupted):
-                return False
-            finally:
-                self._pulling = False
-            self._submit(item)
+    def _start_worker(self) -> bool:
+        thread = threading.Thread(target=self._work_on, name="pipeloom-worker", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            if not self._threads:
+                self._fault = error
+            return False
+        self._threads.append(thread)
         return True
 
-    def _submit(self, item: Any) -> None:
-        highest = self._next_id - 1
-        id, name = self._identity(item)
-        if id in self._live or (id <= highest and self._total is None and self._has_run(id)):
+    def _check_faults(self) -> None:
+        fault = self.writer.error or self._fault
+        if fault is not None:
+            raise fault
+
+    # Which id a task has: its own, that of its name in earlier runs, or the next one
+
+    def _register(self, stage: _Stage, items: Sequence[Any]) -> None:
+        """Tasks that are known are `queued` rows at once; which of them are to run, and as what, is kept."""
+        ids, chosen = array("q"), bytearray()
+        queued: list[tuple[int, str]] = []
+        names: set[str] = set()
+        for _, id, name, status in self._identified(stage, items):
+            if self.stopping:
+                break
+            if stage.name:
+                if name in names:
+                    raise UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
+                names.add(name)
+            chosen.append(status != DONE)
+            if status == DONE:
+                self._skip(name)
+                self._known -= 1
+                continue
+            ids.append(id)
+            queued.append((id, name))
+            if len(queued) >= 10_000:
+                self.channel.put(None, _MsgQueued(queued), len(queued))
+                queued = []
+        if queued:
+            self.channel.put(None, _MsgQueued(queued), len(queued))
+        stage.registered = len(ids)
+        stage.upcoming = (
+            (item, id, self._named(stage, item, position)[1], None)
+            for id, (position, item) in zip(ids, compress(enumerate(items, 1), chosen))
+        )
+
+    def _identified(self, stage: _Stage, items: Iterable[Any]) -> Iterator[tuple[Any, int, str, str | None]]:
+        """Each item with its id, its name and, where that matters, its status in earlier runs."""
+        iterator = self._interruptibly(iter, items)
+        for position in count(1):
+            try:
+                item = self._interruptibly(next, iterator)
+            except StopIteration:
+                return
+            given, name = self._named(stage, item, position)
+            id, status = self._of_name(name) if given is None else self._of_id(_task_id(given), name)
+            yield item, id, name, status
+
+    def _interruptibly(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call what is the user's code: a signal may end it."""
+        try:
+            self._pulling = True
+            return call(*args)
+        finally:
+            self._pulling = False
+
+    def _named(self, stage: _Stage, item: Any, position: int) -> tuple[Any, str]:
+        given, name = stage.identify(item, position)
+        return given, _text(name) if name else f"task-{position if given is None else given}"
+
+    def _of_name(self, name: str) -> tuple[int, str | None]:
+        if self._old > -(2**63):
+            after = self._twins.get(name, -(2**63))
+            for id, status in self._read(FIND_NAME, (name, after, self._old)):
+                if self._take_old(id):
+                    return id, status if self.settings.resume else None
+                self._twins[name] = id
+        self._next_id += 1
+        return self._next_id - 1, None
+
+    def _of_id(self, id: int, name: str) -> tuple[int, str | None]:
+        old = id <= self._old
+        if (
+            id in self._live
+            or (old and not self._take_old(id))
+            or (not old and id < self._next_id and self._has_run(id))
+        ):
             raise UsageError(
                 f"task_id {id} of task {name!r} is another task's in this run; give each its own"
             )
-        ctx = TaskContext(self, self._stage, item, id, name)
+        self._next_id = max(self._next_id, id + 1)
+        found = self._read(FIND_ID, (id,)) if old and self.settings.resume else ()
+        return id, found[0][1] if found else None
+
+    def _take_old(self, id: int) -> bool:
+        """Whether an id of earlier runs is still free in this one; it then is not any more."""
+        page, bit = id >> 10, 1 << (id & 1023)
+        bits = self._taken.get(page, 0)
+        self._taken[page] = bits | bit
+        return not bits & bit
+
+    def _has_run(self, id: int) -> bool:
+        """Whether a task of this run has had this id; asked only where ids do not rise."""
+        return any(run_id == self.writer.run_id for _, _, run_id in self._read(FIND_ID, (id,)))
+
+    def _read(self, sql: str, parameters: tuple[Any, ...]) -> list[Any]:
+        """Ask what is committed. In slices, as a lock that is waited for in C holds up signals."""
+        if not self.writer.store or self.writer.db_path == ":memory:":
+            return []
+        if self._reader is None:
+            self._reader = _connect_readonly(self.writer.db_path, timeout=POLL)
+        until = time.monotonic() + self.settings.busy_timeout
+        while True:
+            try:
+                return self._reader.execute(sql, parameters).fetchall()
+            except sqlite3.OperationalError as error:
+                if not _is_lock(error) or self._signals or time.monotonic() > until:
+                    raise
+
+    # Pulling
+
+    def _pull_all(self) -> None:
+        missing: UsageError | None = None
+        while True:
+            self._heed_signals()
+            self._check_faults()
+            if self.stopping:
+                self._cancel_ready()
+            elif self._sources and len(self._ready) < self._room and len(self._live) < LIVE:
+                self._pull_some()
+                continue
+            with self._lock:
+                if not self._live and (self.stopping or not self._stages_left):
+                    break
+                if not self._live and not self._sources:
+                    missing = self._give_up_waiting() or missing
+                elif not self._stirred:
+                    self._wake.wait(POLL)
+                self._stirred = False
+        if missing and not self.stopping:
+            raise missing
+
+    def _pull_some(self) -> None:
+        """Fill `_ready` from the next stage; without more tasks, that may have ended."""
+        stage = self._sources[0]
+        try:
+            upcoming = stage.upcoming or self._open(stage)
+            while len(self._ready) < self._room and len(self._live) < LIVE and not self.stopping:
+                pulled = next(upcoming, None)
+                if pulled is None:
+                    return self._exhaust(stage)
+                item, id, name, status = pulled
+                if status == DONE:
+                    self._skip(name)
+                else:
+                    self._submit(stage, item, id, name)
+            self._sources.rotate(-1)
+        except _Interrupted:
+            return None
+
+    def _open(self, stage: _Stage) -> Iterator[tuple[Any, int, str, str | None]]:
+        """Get at the items of a stage that is not registered yet."""
+        items = stage.source
+        if stage.doomed:  # nobody can say what they would have been; one row stands for them all
+            items = [None]
+            stage.identify = lambda _, __: (None, stage.name)
+        else:
+            if self._old > -(2**63) and stage.name:
+                self.channel.put(None, _MsgOpened(stage.name))
+            if callable(items):
+                items = self._interruptibly(items)
+        if not hasattr(items, "__iter__") or _is_path(items):
+            raise UsageTypeError(
+                f"each= of task {stage.name!r} gives {items!r}; expected an iterable of items"
+            )
+        if isinstance(items, Sequence):
+            self._unknown -= 1
+            self._known += len(items)
+            self._register(stage, items)
+            self._show_counts()
+        else:
+            stage.upcoming = self._identified(stage, items)
+        assert stage.upcoming is not None
+        return stage.upcoming
+
+    def _skip(self, name: str) -> None:
+        """A task that an earlier run has done."""
+        self._counts["skipped"] += 1
+        self._show_counts()
+        if name in self._waiters:
+            with self._lock:
+                self._resolve(name)
+
+    def _submit(self, stage: _Stage, item: Any, id: int, name: str) -> None:
+        ctx = TaskContext(self, stage, item, id, name)
+        stage.submitted += 1
         self._live[id] = ctx
-        self._unsubmitted = max(self._unsubmitted - 1, 0)
+        if stage.doomed:
+            self._cancel(ctx, stage.doomed)
+        else:
+            self._hand_out(ctx)
+
+    def _hand_out(self, ctx: TaskContext) -> None:
         self._ready.append(ctx)
         if self._idle:  # a worker counts itself in before it looks, so that none is missed
             with self._lock:
                 self._work.notify()
 
-    def _has_run(self, id: int) -> bool:
-        """Whether a task of this run has had this id; asked only where ids do not rise."""
-        if not self.writer.store or self.writer.db_path == ":memory:":
+    def _exhaust(self, stage: _Stage) -> None:
+        self._sources.remove(stage)
+        if stage.registered is None:
+            self._unknown -= 1
+            self._known += stage.submitted
+            self._show_counts()
+        with self._lock:
+            stage.exhausted = True
+            if stage.submitted == stage.settled:
+                self._end(stage)
+
+    # What comes after what. All of it with the lock held, by the calling thread or the writer's
+
+    def _begin(self, stage: _Stage) -> bool:
+        """Nothing is before this stage any more; returns whether it has ended at once."""
+        if not stage.lone or stage.upcoming is None:
+            self._sources.append(stage)
+            self._stir()
             return False
-        with _connect_readonly(self.writer.db_path, self.settings.busy_timeout) as conn:
-            row = conn.execute("SELECT run_id FROM task_runs WHERE id = ?", (id,)).fetchone()
-            return bool(row and row[0] == self.writer.run_id)
+        for item, id, name, _ in stage.upcoming:
+            if self.stopping:
+                return False
+            self._submit(stage, item, id, name)
+        stage.exhausted = True
+        return not stage.submitted
+
+    def _end(self, stage: _Stage) -> None:
+        """All tasks of this stage are settled: let go what waited for that, and so on."""
+        ended = [stage]
+        for stage in ended:
+            self._stages_left -= 1
+            ended += [f for f in stage.followers if self._let_go(f, stage.spoiled)]
+
+    def _let_go(self, stage: _Stage, reason: str) -> bool:
+        """One of the things that this stage waits for has ended, badly if there is a reason."""
+        if reason and not stage.doomed:
+            stage.doomed = f"not started: {reason}"
+            stage.spoiled = f"{stage.name!r} was not started"
+        stage.waits -= 1
+        return not stage.waits and self._begin(stage)
+
+    def _resolve(self, name: str, reason: str = "") -> None:
+        """The task of this name is settled, badly if there is a reason."""
+        for stage in self._waiters.pop(name, ()):
+            if self._let_go(stage, reason):
+                self._end(stage)
+
+    def _give_up_waiting(self) -> UsageError | None:
+        """Nothing is left that could run, but some stages wait for tasks that never came."""
+        known = any(stage.spoiled for stage in self._stages)  # then it is no wonder
+        names = sorted(self._waiters)
+        for name in names:
+            self._resolve(name, f"there was no task {name!r}")
+        if known or not names:
+            return None
+        return UsageError(
+            f"after={names[0]!r}: no task of that name has come; name a function of the pipeline or one of its tasks"
+        )
 
     def _cancel_ready(self) -> None:
+        """Cancel what waits for a worker or for its retry."""
         while self._ready:
             try:
                 ctx = self._ready.popleft()
             except IndexError:  # a worker was faster; it will cancel it
                 return
             self._cancel(ctx, self.stopping or "")
+        with self._lock:
+            later, self._later = self._later, []
+        for _, _, ctx, message in later:
+            self._cancel(ctx, f"{self.stopping}; {message}")
 
     def _cancel(self, ctx: TaskContext, reason: str) -> None:
         ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, reason), wait=False)
@@ -2456,11 +2790,7 @@ class _Run:
             return self._cancel(ctx, self.stopping)
         self.channel.put(ctx, MsgTaskStarted(ctx.task_id, ctx.name, _now()))
         try:
-            value = ctx.stage.call(ctx)
-            if type(value) is CoroutineType:
-                import asyncio
-
-                value = asyncio.run(value)
+            value = self._call(ctx) if ctx.stage.timeout is None else self._call_in_time(ctx)
             finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
             accepted = ctx.closed or ctx.finish(finish)
         except TaskCancelled as stop:
@@ -2473,6 +2803,25 @@ class _Run:
             if not accepted and not ctx.cancelled:
                 logger.debug("task %r was finished twice; the first counts", ctx.name)
         return None
+
+    def _call(self, ctx: TaskContext) -> object:
+        value = ctx.stage.call(ctx)
+        if type(value) is CoroutineType:
+            import asyncio
+
+            value = asyncio.run(value)
+        return value
+
+    def _call_in_time(self, ctx: TaskContext) -> object:
+        ctx.thread = threading.current_thread()
+        with self._lock:
+            self._timed[ctx] = self.clock() + (ctx.stage.timeout or 0)
+            self._time.notify()
+        try:
+            return self._call(ctx)
+        finally:
+            with self._lock:
+                self._timed.pop(ctx, None)  # the timer may have been first
 
     def _fail(self, ctx: TaskContext, error: BaseException) -> None:
         if ctx.closed:
@@ -2491,17 +2840,81 @@ class _Run:
         with self._sleepers:
             self._sleepers.notify_all()
 
+    # The timer
+
+    def _keep_time(self) -> None:
+        try:
+            with self._lock:
+                while not self._dismissed:
+                    now = self.clock()
+                    due = self._tick(now)
+                    self._time.wait(None if due is None else min(due - now, threading.TIMEOUT_MAX))
+        except WriterFailed:  # the calling thread sees it, too
+            return
+
+    def _tick(self, now: float) -> float | None:
+        """Do what is due; returns when the next thing is. With the lock held."""
+        while self._later and self._later[0][0] <= now:
+            self._hand_out(heappop(self._later)[2])
+        for ctx in [ctx for ctx, deadline in self._timed.items() if deadline <= now]:
+            self._time_out(ctx)
+        moments = [*self._timed.values(), *(later[0] for later in self._later[:1])]
+        return min(moments, default=None)
+
+    def _time_out(self, ctx: TaskContext) -> None:
+        """End an attempt whose thread cannot be ended: it is cut off, and another takes its place."""
+        del self._timed[ctx]
+        if ctx.closed:
+            return
+        text = f"timed out after {ctx.stage.timeout:g} s"
+        ctx.error, ctx.traceback = TimeoutError(text), _stack_of(ctx.thread)
+        if not ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, text), wait=False):
+            return
+        ctx.abandoned = True
+        ctx.cancel(text)
+        self._threads = [
+            thread for thread in self._threads if thread is not ctx.thread
+        ]  # nobody waits for it
+        if not self._start_worker():
+            logger.warning(
+                "no thread could be started in place of one that hangs; %d are left", len(self._threads)
+            )
+
     # The writer
 
     def settle(self, settled: list[tuple[TaskContext, str, str]]) -> None:
         """These attempts are committed. Called by the writer after each commit."""
         with self._lock:
             for ctx, status, message in settled:
+                if status == QUEUED:
+                    self._retry(ctx, message)
+                    continue
                 self._live.pop(ctx.task_id, None)
                 self._counts[status] += 1
+                stage = ctx.stage
+                stage.settled += 1
                 if status == ERROR:
                     self._note_failure(ctx, message)
+                trouble = "" if status == DONE else f"{ctx.name!r} {TROUBLES[status]}"
+                stage.spoiled = stage.spoiled or trouble
+                if ctx.name in self._waiters:
+                    self._resolve(ctx.name, trouble)
+                if stage.exhausted and stage.submitted == stage.settled:
+                    self._end(stage)
             self._stir()
+
+    def _retry(self, ctx: TaskContext, message: str) -> None:
+        from random import uniform
+
+        again = TaskContext(self, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
+        again.traceback = ctx.traceback
+        self._live[ctx.task_id] = again
+        delay = min(ctx.stage.retry_delay * 2.0 ** min(ctx.attempt - 1, 100), LONGEST_DELAY) * uniform(
+            1, 1.25
+        )
+        logger.info("task %r: %s; again in %.1f s", ctx.name, message, delay)
+        heappush(self._later, (self.clock() + delay, id(again), again, message))
+        self._time.notify()
 
     def _note_failure(self, ctx: TaskContext, message: str) -> None:
         if len(self.failures) < FAILURES_KEPT:
@@ -2520,6 +2933,8 @@ class _Run:
             if failure is not None and self.writer.error is None and self.writer.opened.is_set():
                 self._drain()
             self._dismiss()
+            if self._reader is not None:
+                self._reader.close()  # so that the writer's last checkpoint leaves no side files
             if self.writer.ident is not None:
                 self._end_writer(failure)
         except BaseException as error:
@@ -2545,32 +2960,34 @@ class _Run:
         with self._lock:
             self._dismissed = True
             self._work.notify_all()
+            self._time.notify()
         if self.writer.error is not None:
             for ctx in list(self._live.values()):
                 ctx.cancel("the writer failed")
         until = time.monotonic() + (0.5 if self._left else GRACE)
-        for thread in self._threads:
+        for thread in [*self._threads, *[self._timer] * (self._timer.ident is not None)]:
             thread.join(max(until - time.monotonic(), 0))
 
     def _end_writer(self, failure: BaseException | None) -> None:
         counts = self._counts
         clean = failure is None and not self.stopping and not counts[ERROR]
         status = DONE if clean else CANCELLED if self._signals else ERROR
-        counts[CANCELLED] += self._unsubmitted
-        reason = (self.stopping or "never started") if self._unsubmitted or failure else ""
+        unsubmitted = sum((stage.registered or stage.submitted) - stage.submitted for stage in self._stages)
+        counts[CANCELLED] += unsubmitted
+        reason = (self.stopping or "never started") if unsubmitted or failure else ""
         if self.writer.error is None:
-            ended = _MsgRunEnded(status, reason, (counts[DONE], counts[ERROR], counts[CANCELLED], 0))
+            ended = _MsgRunEnded(status, reason, tuple(counts.values()))
             self.channel.put(None, ended, wait=False)
         self.channel.close()
         while self.writer.is_alive():
             threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
             self._heed_signals()
-        self._check_writer()
+        self._check_faults()
 
     def result(self) -> RunResult:
-        counts = (self._counts[DONE], self._counts[ERROR], self._counts[CANCELLED], 0)
         elapsed = time.monotonic() - self.began
-        return RunResult(self.writer.run_id, *counts, elapsed, list(self.failures))
+        done, error, cancelled, skipped = self._counts.values()
+        return RunResult(self.writer.run_id, done, error, cancelled, skipped, elapsed, list(self.failures))
 
     # Signals. The handler only sets attributes; the calling thread polls them.
 
@@ -2648,6 +3065,10 @@ def run_pipeline(
     fail_fast=False          the first failure cancels what has not started
     store_task_status=True   keep the tables task_runs and pipeline_runs
     wal=True                 False for file systems where WAL does not work
+    resume=False             True skips what an earlier run has done, known by its task_id or else its name
+    retries=0                how often a task that failed is tried again
+    retry_delay=1.0          seconds before the first retry, then twice as long each time, and a little at random
+    timeout=None             seconds that one attempt may take
     busy_timeout=300.0       seconds to wait for another process's lock on the database
     durable=False            True makes each commit survive a power loss too
     atomic=True              False stores rows as they come, done or not, for loads too big to be held
@@ -2669,22 +3090,29 @@ def run_pipeline(
         raise UsageTypeError(
             f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task"
         )
-    known = _Settings.__dataclass_fields__
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise UsageTypeError(f"run_pipeline has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify, options.get("atomic", True))
-    _check_tasks(tasks)
+    _check_options("run_pipeline", options, _Settings.__dataclass_fields__)
+    stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify)
+    _check_tasks(stage)
+    return _run([stage], os.fsdecode(db_path), options)
+
+
+def _run(stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
     if _Session.current is not None:  # the command line's, whose options win
-        return _Session.current.run(stage, os.fsdecode(db_path), options)
-    return _Run(stage, os.fsdecode(db_path), _Settings(**options)).execute()
+        return _Session.current.run(stages, path, options)
+    return _Run(stages, path, _Settings(**options)).execute()
 
 
 def _is_path(value: object) -> bool:
     return isinstance(value, (str, bytes, os.PathLike))
 
 
-def _identify(task: Any) -> tuple[int | None, str | None]:
+def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UsageTypeError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+
+
+def _identify(task: Any, _: int) -> tuple[Any, str | None]:
     """The id and the name that a task has of itself, if any."""
     if isinstance(task, (str, int, float, os.PathLike)):
         return None, os.fspath(task) if isinstance(task, os.PathLike) else str(task)
@@ -2693,19 +3121,222 @@ def _identify(task: Any) -> tuple[int | None, str | None]:
     return getattr(task, "task_id", None), getattr(task, "name", None)
 
 
-def _check_tasks(tasks: Any) -> None:
+def _check_tasks(stage: _Stage) -> None:
     """Find bad and double ids of known tasks before anything is written."""
-    if not isinstance(tasks, Sequence) or isinstance(tasks, range):
+    if not isinstance(stage.source, Sequence):
         return
+    stage.by_name = False
     seen: dict[int, Any] = {}
-    highest = 0
-    for task in tasks:
-        given, _ = _identify(task)
-        id = _task_id(highest + 1 if given is None else given)
+    for task in stage.source if not isinstance(stage.source, range) else ():
+        given, _ = _identify(task, 0)
+        if given is None:
+            stage.by_name = True
+            continue
+        id = _task_id(given)
         if id in seen:
             raise UsageError(f"task_id {id} is that of {seen[id]!r} and of {task!r}; give each its own")
         seen[id] = task
-        highest = max(highest, id)
+    stage.by_name |= isinstance(stage.source, range)
+    stage.highest = max(seen, default=0)
+
+
+# ---- Pipeline: tasks declared as functions, and what comes after what ----------------------------------
+
+
+class Pipeline:
+    """Tasks declared as functions, and what comes after what.
+
+        pipe = Pipeline("sales.db", schema="CREATE TABLE IF NOT EXISTS sale(day TEXT, amount INTEGER)")
+
+        @pipe.task(each=lambda: sorted(Path("incoming").glob("*.csv")), retries=2)
+        def load(ctx, path): ...
+
+        @pipe.task(after=load)
+        def report(ctx): ...
+
+        pipe.main()
+
+    `options` are those of run_pipeline; those of run() win over them, and a task's own (retries,
+    retry_delay, timeout, atomic) over both.
+    """
+
+    def __init__(self, db_path: Any = "./pipeloom.db", **options: Any) -> None:
+        if not _is_path(db_path):
+            raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in Pipeline('jobs.db')")
+        self.db_path = os.fsdecode(db_path)
+        self._options = self._checked(options)
+        self._declared: dict[str, _Declared] = {}
+        self._handlers: dict[type, Handler] = {}
+
+    @staticmethod
+    def _checked(options: dict[str, Any]) -> dict[str, Any]:
+        _check_options("Pipeline", options, _Settings.__dataclass_fields__)
+        _Settings(**options)
+        return options
+
+    def task(
+        self, function: Any = None, *, each: Any = None, name: Any = None, after: Any = (), **options: Any
+    ) -> Any:
+        """Declare a function as a task, or as one for each item; a decorator, which returns the function.
+
+        each     an iterable of items, or a function that makes one when the task's turn comes; it is pulled
+                 as workers become free, in the thread that runs the pipeline. The function is then called
+                 as function(ctx, item), without `each` as function(ctx).
+        name     a function of the item that makes the task's name, instead of "load[item]"; or a str
+                 instead of the function's name. It is by their names that tasks are known in later runs.
+        after    a function of this pipeline, a name of a function or of one of its tasks, or several of
+                 these: it starts when they all are committed as done, and is cancelled if one is not.
+
+        The options are retries, retry_delay, timeout and atomic. What the function returns is the result.
+        """
+        if function is None:
+            return lambda function: self.task(function, each=each, name=name, after=after, **options)
+        if not callable(function):
+            raise UsageTypeError(f"task({function!r}): expected a function; options are named, as in each=")
+        _check_options("a task", options, STAGE_OPTIONS)
+        _check_stage_options(options)
+        own = name if isinstance(name, str) else getattr(function, "__name__", "") or type(function).__name__
+        if name is not None and not isinstance(name, str) and not (callable(name) and each is not None):
+            raise UsageTypeError(
+                f"name={name!r} of task {own!r}: expected a str, or a function of its each= item"
+            )
+        if own in self._declared:
+            raise UsageError(f"two tasks are named {own!r}; give one of them another name, as with name=")
+        if each is not None and (_is_path(each) or not (callable(each) or hasattr(each, "__iter__"))):
+            raise UsageTypeError(
+                f"each={each!r} of task {own!r}: expected an iterable, or a function that makes one"
+            )
+        several = isinstance(after, (list, tuple, set, frozenset))
+        self._declared[own] = _Declared(
+            own,
+            function,
+            each,
+            name if callable(name) else None,
+            list(after) if several else [after],
+            options,
+        )
+        return function
+
+    def handles(self, kind: type) -> Callable[[Handler], Handler]:
+        """Declare a function(connection, message) as the handler of a message class; a decorator."""
+
+        def declare(handler: Handler) -> Handler:
+            self._handlers[kind] = handler
+            return handler
+
+        return declare
+
+    def run(self, **options: Any) -> RunResult:
+        """Run all tasks; blocks, takes the options of run_pipeline and raises what that raises."""
+        options = {**self._options, **self._checked(options)}
+        options["handlers"] = {**(options.get("handlers") or {}), **self._handlers}
+        return _run(self._stages(), self.db_path, options)
+
+    def main(self, argv: list[str] | None = None) -> NoReturn:
+        """Run with the options of the command line's `run`, print a summary and exit with its code."""
+        if _Session.current is not None:  # `pipeloom run` has called the function that called this
+            self.run()
+            sys.exit(0)
+        sys.exit(_execute(_pipeline_parser(self), argv))
+
+    def _stages(self) -> list[_Stage]:
+        if not self._declared:
+            raise UsageError("the pipeline has no task; declare one with @pipe.task")
+        stages = {name: declared.stage() for name, declared in self._declared.items()}
+        names: dict[Any, list[str]] = {}  # of each function, which may be declared under several
+        for name, declared in self._declared.items():
+            names.setdefault(declared.function, []).append(name)
+        before: dict[str, dict[str, None]] = {}
+        for name, declared in self._declared.items():
+            stage, before[name] = stages[name], {}
+            for what in declared.after:
+                before[name].update(dict.fromkeys(self._upstreams(stage, what, names)))
+            for upstream in before[name]:
+                stages[upstream].followers.append(stage)
+            stage.waits = len(before[name]) + len(stage.awaits)
+            makers = (task.partition("[")[0] for task in stage.awaits)
+            before[name].update(dict.fromkeys(maker for maker in makers if maker in stages))
+        _check_cycles(before)
+        return list(stages.values())
+
+    def _upstreams(self, stage: _Stage, what: Any, names: Mapping[Any, list[str]]) -> list[str]:
+        """The declared tasks that one entry of after= means; none if it means a single item's."""
+        if isinstance(what, str) and what in self._declared:
+            return [what]
+        if isinstance(what, str) and self._may_make(what):
+            stage.awaits += [what] if what not in stage.awaits else []
+            return []
+        if not isinstance(what, str) and callable(what) and what in names:
+            return names[what]
+        shown = what if isinstance(what, str) else getattr(what, "__name__", what)
+        raise UsageError(
+            f"after={shown!r} of task {stage.name!r}: expected a task of this pipeline, which has "
+            f"{_some(self._declared)}; declare it, or mend the name"
+        )
+
+    def _may_make(self, name: str) -> bool:
+        """Whether some each= may give a task of this name; not known before its items are."""
+        named = self._declared.get(name.partition("[")[0])
+        if named is not None and named.each is not None and named.naming is None and name.endswith("]"):
+            return True
+        return any(declared.naming is not None for declared in self._declared.values())
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """A function with what @pipe.task said of it."""
+
+    name: str
+    function: Callable[..., object]
+    each: Any
+    naming: Callable[[Any], Any] | None
+    after: list[Any]
+    options: Mapping[str, Any]
+
+    def stage(self) -> _Stage:
+        """Its part in one run."""
+        function = self.function
+        if self.each is None:
+            return _Stage(function, (None,), lambda *_: (None, self.name), self.name, self.options, lone=True)
+        return _Stage(lambda ctx: function(ctx, ctx.task), self.each, self._identify, self.name, self.options)
+
+    def _identify(self, item: Any, position: int) -> tuple[None, str]:
+        if self.naming is not None:
+            return None, str(self.naming(item) or f"{self.name}[{position}]")
+        name = _identify(item, position)[1]
+        if not isinstance(name, str):
+            name = str(item)
+            if f"{id(item):x}" in name.lower():  # an address names nothing in later runs
+                name = str(position)
+        return None, f"{self.name}[{name}]"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+def _check_cycles(before: Mapping[str, Iterable[str]]) -> None:
+    """Raise UsageError if some task would wait for itself."""
+    after: dict[str, list[str]] = {name: [] for name in before}
+    missing = dict.fromkeys(before, 0)
+    for name, upstreams in before.items():
+        for upstream in upstreams:
+            after[upstream].append(name)
+            missing[name] += 1
+    free = [name for name in before if not missing[name]]
+    for name in free:  # which grows
+        for follower in after[name]:
+            missing[follower] -= 1
+            if not missing[follower]:
+                free.append(follower)
+    waiting = set(before).difference(free)
+    if waiting:
+        walk = [min(waiting)]
+        while walk[-1] not in walk[:-1]:
+            walk.append(min(waiting.intersection(before[walk[-1]])))
+        cycle = walk[walk.index(walk[-1]) :]
+        raise UsageError(f"a task comes after itself: {' after '.join(cycle)}; remove one of these after=")
 
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
@@ -2805,10 +3436,15 @@ def _demo_tasks(number: int, failing: int) -> list[Task]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 75 in use, 130 Ctrl-C."""
+    return _execute(_parser(), argv)
+
+
+def _execute(parser: Any, argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     terminated = _take_terminations()
     try:
         _setup_logging_of(args)
@@ -2869,7 +3505,7 @@ def _exit_by_signal(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _parser() -> Any:
+def _new_parser(prog: str, description: str) -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -2877,9 +3513,13 @@ def _parser() -> Any:
             _say(f"pipeloom: {message}; see {self.prog} --help")
             self.exit(2)
 
-    parser = Parser(
-        prog=f"python -m {__name__}",
-        description="Run many tasks at once, store what they make in one SQLite file, watch them live.",
+    return Parser(prog=prog, description=description)
+
+
+def _parser() -> Any:
+    parser = _new_parser(
+        f"python -m {__name__}",
+        "Run many tasks at once, store what they make in one SQLite file, watch them live.",
     )
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -2890,34 +3530,60 @@ def _parser() -> Any:
         sub.add_argument("--db", default=db, metavar="FILE", help="the database (default: %(default)s)")
         return sub
 
-    whole = _number_from(1)
     demo = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
-    demo.add_argument("-n", "--num-tasks", type=whole, default=20, metavar="N", help="how many (default: 20)")
+    demo.add_argument(
+        "-n", "--num-tasks", type=_number_from(1), default=20, metavar="N", help="how many (default: 20)"
+    )
     demo.add_argument("--no-wal", action="store_true", help="use SQLite's rollback journal")
     demo.add_argument("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
-    run = command("run", _cmd_run, "Run a function of yours, or a file of yours.", "")
+    _add_common_options(demo)
+    run = command("run", _cmd_run, "Run a pipeline or a function of yours, or a file of yours.", "")
     run.add_argument(
-        "target", metavar="TARGET", help="package.module:name, file.py:name, or file.py (its main)"
+        "target",
+        metavar="TARGET",
+        help="package.module:name, file.py:name, or file.py (its main, or its Pipeline)",
     )
     run.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
-    run.add_argument("--dry-run", action="store_true", help="print the names of the tasks and run none")
-    run.add_argument(
-        "--fail-fast", action="store_true", default=None, help="stop starting at the first failure"
-    )
-    run.add_argument("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
-    for sub in (demo, run):
-        sub.add_argument("-w", "--workers", type=whole, metavar="N", help="how many tasks run at once")
-        sub.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
-        sub.add_argument("-l", "--log-file", metavar="FILE", help="log to this file, too")
+    _add_run_options(run)
     status = command("status", _cmd_status, "Show how the tasks of a database fare, also while they run.")
     status.add_argument(
-        "-n", "--limit", type=whole, default=20, metavar="N", help="how many tasks (default: 20)"
+        "-n", "--limit", type=_number_from(1), default=20, metavar="N", help="how many tasks (default: 20)"
     )
     status.add_argument("--failed", action="store_true", help="only tasks that failed or were cancelled")
     status.add_argument("--watch", action="store_true", help="again every second, until the run has ended")
     status.add_argument("--json", action="store_true", help="as JSON")
     command("init-db", _cmd_init_db, "Create the tables, or complete those of an older pipeloom.")
     return parser
+
+
+def _pipeline_parser(pipe: Pipeline) -> Any:
+    parser = _new_parser(os.path.basename(sys.argv[0]) or "pipeline", "Run the tasks of this pipeline.")
+    parser.add_argument("--db", default="", metavar="FILE", help=f"the database (default: {pipe.db_path})")
+    parser.set_defaults(command=lambda args: _run_in_session(args, pipe.run))
+    _add_run_options(parser)
+    return parser
+
+
+def _add_run_options(parser: Any) -> None:
+    parser.add_argument(
+        "--retries", type=_number_from(0), metavar="N", help="try a failed task N times again"
+    )
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long an attempt may take")
+    parser.add_argument(
+        "--fail-fast", action="store_true", default=None, help="stop starting at the first failure"
+    )
+    parser.add_argument("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
+    parser.add_argument("--dry-run", action="store_true", help="print the names of the tasks and run none")
+    _add_common_options(parser)
+
+
+def _add_common_options(parser: Any) -> None:
+    parser.add_argument("--resume", action="store_true", default=None, help="skip the tasks that are done")
+    parser.add_argument(
+        "-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once"
+    )
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
+    parser.add_argument("-l", "--log-file", metavar="FILE", help="log to this file, too")
 
 
 def _number_from(low: int) -> Callable[[str], int]:
@@ -2934,21 +3600,30 @@ def _number_from(low: int) -> Callable[[str], int]:
 def _cmd_demo(args: Any) -> int:
     tasks = _demo_tasks(args.num_tasks, args.fail)
     workers = args.workers or min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
-    session = _Session({"check": False})
+    session = _Session(args, {"check": False, "resume": bool(args.resume)})
     with session:
         run_pipeline(tasks, args.db, workers=workers, wal=not args.no_wal, worker_fn=demo_worker)
     return session.report()
 
 
 def _cmd_run(args: Any) -> int:
-    given = {name: getattr(args, name) for name in ("workers", "fail_fast", "progress")}
-    options = {name: value for name, value in given.items() if value is not None}
     arguments = dict(_argument(text) for text in args.arg)
     function = _load_target(args.target)
+    if isinstance(function, Pipeline):
+        if arguments:
+            raise UsageError(f"--arg: {args.target} is a Pipeline, which takes none; name a function instead")
+        function = function.run
     _check_arguments(function, arguments)
-    session = _Session(options, args.db or None, args.dry_run)
+    return _run_in_session(args, lambda: function(**arguments))
+
+
+def _run_in_session(args: Any, function: Callable[[], object]) -> int:
+    names = ("workers", "resume", "retries", "timeout", "fail_fast", "progress")
+    given = {name: getattr(args, name) for name in names}
+    options = {name: value for name, value in given.items() if value is not None}
+    session = _Session(args, options, args.db or None, args.dry_run)
     with session:
-        value = function(**arguments)
+        value = function()
     code = session.report()
     return code if code or type(value) is not int else value
 
@@ -2995,14 +3670,19 @@ def _load_target(target: str) -> Any:
         raise UsageError(
             f"target {target!r} cannot be imported: {_describe(error)}; check it, -vv shows where"
         ) from error
+    pipelines = [value for value in vars(found).values() if isinstance(value, Pipeline)]
+    if not name and not hasattr(found, "main") and len(pipelines) == 1:
+        return pipelines[0]
     for part in (name or "main").split("."):
         if not hasattr(found, part):
             raise UsageError(
                 f"target {target!r}: {place!r} has no {part!r}; name a function of it, as {place}:name"
             )
         found = getattr(found, part)
-    if not callable(found):
-        raise UsageError(f"target {target!r} is {found!r}, which cannot be called; name a function")
+    if not callable(found) and not isinstance(found, Pipeline):
+        raise UsageError(
+            f"target {target!r} is {found!r}, which cannot be called; name a function or Pipeline"
+        )
     return found
 
 
@@ -3030,7 +3710,10 @@ class _Session:
 
     current: _Session | None = None
 
-    def __init__(self, options: dict[str, Any], db_path: str | None = None, dry_run: bool = False) -> None:
+    def __init__(
+        self, args: Any, options: dict[str, Any], db_path: str | None = None, dry_run: bool = False
+    ) -> None:
+        self.argv = args.argv
         self.options = options
         self.db_path = db_path
         self.dry_run = dry_run
@@ -3042,29 +3725,56 @@ class _Session:
     def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
         _Session.current = None
         if error is not None and not isinstance(error, PipelineError):
-            self.report()  # the exception goes on to whoever handles it
+            self.report(ended=False)  # the exception goes on to whoever handles it
         return isinstance(error, PipelineError)  # the summary says it better
 
-    def run(self, stage: _Stage, path: str, options: dict[str, Any]) -> RunResult:
-        """What run_pipeline does in this session."""
+    def run(self, stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
+        """What run_pipeline and Pipeline.run do in this session."""
         path, options = self.db_path or path, {**options, **self.options}
+        run = _Run(stages, path, _Settings(**options))
         if self.dry_run:
-            for number, item in enumerate(stage.items, 1):
-                name = _text(stage.identify(item)[1] or f"task-{number}")
-                _print(_fit(name, _width(name)).rstrip())
+            for stage in stages:
+                for name in _names_of(stage):
+                    _print(_fit(name, _width(name)).rstrip())
             return RunResult(None, 0, 0, 0, 0, 0.0)
-        run = _Run(stage, path, _Settings(**options))
         try:
             return run.execute()
         finally:
             if run.result().total or run.writer.run_id is not None:  # else it never began
                 self.runs.append((path, run.result()))
 
-    def report(self) -> int:
+    def report(self, ended: bool = True) -> int:
         """Print the summary of each run to stderr; returns the exit code."""
         for path, result in self.runs:
             _say(_summary(path, result))
-        return 0 if all(result.ok for _, result in self.runs) else 1
+        ok = all(result.ok for _, result in self.runs)
+        if any(result.run_id is not None for _, result in self.runs) and not (ok and ended):
+            _say(f"to go on where this ended: {_command_to_resume(self.argv)}")
+        return 0 if ok else 1
+
+
+def _command_to_resume(argv: list[str]) -> str:
+    from shlex import join
+    from shutil import which
+
+    program, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
+    python = os.path.basename(sys.executable)
+    command = [python if which(python) == sys.executable else sys.executable, program]
+    if spec is not None:
+        command[1:] = ["-m", spec.name]
+    elif not program.endswith(".py"):  # a script that finds its Python by itself
+        del command[0]
+    return join([*command, *argv, *(["--resume"] if "--resume" not in argv else [])])
+
+
+def _names_of(stage: _Stage) -> Iterator[str]:
+    """The names of its tasks; what comes after others may need them to have run before it can say."""
+    if callable(stage.source) and stage.waits:
+        yield f"{stage.name}[...]"
+        return
+    for position, item in enumerate(stage.source() if callable(stage.source) else stage.source, 1):
+        given, name = stage.identify(item, position)
+        yield _text(name or f"task-{position if given is None else given}")
 
 
 def _summary(path: str, result: RunResult) -> str:
@@ -3081,7 +3791,7 @@ def _summary(path: str, result: RunResult) -> str:
         causes.setdefault(failure.message, []).append(failure.task)
     for cause, tasks in sorted(causes.items(), key=lambda item: -len(item[1]))[:10]:
         more = f" and {len(tasks) - 1:,} more" if len(tasks) > 1 else ""
-        lines.append(f"  {_fit(cause, 100).rstrip()}: {_fit(tasks[0], NAME_WIDTH).rstrip()}{more}")
+        lines.append(f"  {_fit(tasks[0], NAME_WIDTH).rstrip()}{more}: {_fit(cause, 200).rstrip()}")
     return "\n".join(lines)
 
 

@@ -797,7 +797,7 @@ def test_a_foreign_lock_is_waited_out_with_a_warning(db, caplog, wal):
         run(["b", "c"], db, nothing, wal=wal)
     finally:
         end(process)
-    assert [row[2] for row in rows(db)] == ["done"] * 2
+    assert [row[2] for row in rows(db)] == ["done"] * 3
     assert "database is locked; waiting up to 300 s" in caplog.text
 
 
@@ -1378,7 +1378,7 @@ def test_any_object_is_a_task(db):
 
     run([{"task_id": 9, "name": "given"}, {"x": 1}, Odd(), "text", Path("a") / "b", 3.5, (1, 2)], db, nothing)
     assert [row[:2] for row in rows(db)] == [
-        (9, "given"), (10, "task-10"), (11, "odd"), (12, "text"), (13, str(Path("a") / "b")), (14, "3.5"), (15, "task-15"),
+        (9, "given"), (10, "task-2"), (11, "odd"), (12, "text"), (13, str(Path("a") / "b")), (14, "3.5"), (15, "task-7"),
     ]  # fmt: skip
 
 
@@ -1458,7 +1458,7 @@ def test_fail_fast_cancels_what_has_not_started(db):
 
     started = []
     result = run(range(20_000), db, work, workers=1, fail_fast=True, check=False)
-    assert result.error == 1 and result.cancelled == 20_000 - 1 - result.done > 10_000
+    assert result.error == 1 and result.cancelled == 20_000 - 1 - result.done > 9_000
     counts = dict(rows(db, "SELECT status, count(*) FROM task_runs GROUP BY status"))
     assert counts == {
         k: v for k, v in [("done", result.done), ("error", 1), ("cancelled", result.cancelled)] if v
@@ -1594,8 +1594,15 @@ def test_an_id_that_a_settled_task_has_had_is_an_error(db):
     with pytest.raises(ValueError, match="task_id 5 of task 'again' is another task's in this run"):
         run(tasks(), db, nothing, progress=Counting())
     assert rows(db) == [(1, "lower, and new", "done"), (5, "first", "done")]
-    with pytest.raises(ValueError, match="task_id 1 is that of"):
-        run(["numbered 1", Task(1, "a")], db, nothing)
+
+
+def test_tasks_without_an_id_are_numbered_above_those_with_one_and_never_share_a_row(db):
+    run(["numbered", Task(1, "a"), Task(7, "b")], db, nothing)
+    assert rows(db) == [(1, "a", "done"), (7, "b", "done"), (8, "numbered", "done")]
+    with pytest.raises(ValueError, match="task_id 8 of task 'c' is another task's in this run"):
+        run(["numbered", Task(8, "c")], db, nothing)
+    run(["new", Task(9, "d")], db, nothing)
+    assert rows(db)[3:] == [(9, "d", "done"), (10, "new", "done")]
 
 
 def test_any_iterable_is_pulled(db):
@@ -1675,8 +1682,8 @@ def test_without_task_status_there_are_only_the_users_tables(db):
 
 
 def test_a_third_signal_hurries_the_writer_at_once(db):
-    stage = pipeloom._Stage(nothing, [], lambda item: (None, None), True)
-    this = pipeloom._Run(stage, str(db), pipeloom._Settings(progress="none"))
+    stage = pipeloom._Stage(nothing, [], lambda item, position: (None, None))
+    this = pipeloom._Run([stage], str(db), pipeloom._Settings(progress="none"))
     for hurried in (False, False, True):
         this._on_signal(signal.SIGINT, None)
         assert this.writer.hurried is hurried
@@ -1804,6 +1811,798 @@ def test_what_a_killed_run_left_behind_is_marked_by_the_next(home):
     assert rows(home / "k.db", "SELECT status FROM pipeline_runs ORDER BY id") == [("cancelled",), ("done",)]
 
 
+def test_resume_skips_what_is_done_by_the_id_that_was_given_or_else_by_name(db):
+    def work(task, ctx):
+        ran.append(ctx.name)
+        if ctx.name in failing:
+            raise RuntimeError("no")
+
+    tasks = [Task(7, "x"), "a", "b", Path("c"), {"k": 1}]
+    ran, failing = [], {"b"}
+    assert run(tasks, db, work, check=False, workers=1).done == 4
+    ran, failing = [], set()
+    result = run([Task(7, "another name"), *tasks[1:], "new"], db, work, resume=True)
+    assert ran == ["b", "new"] or ran == ["new", "b"]
+    assert (result.done, result.skipped, result.total, result.ok) == (2, 4, 6, True)
+    assert [row[2] for row in rows(db)] == ["done"] * 6
+    assert run(iter(tasks), db, work, resume=True).skipped == 5
+    assert rows(db, "SELECT done, skipped FROM pipeline_runs ORDER BY id") == [(4, 0), (2, 4), (0, 5)]
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_names_keep_their_ids_across_runs_and_files_that_are_gone_are_left_alone(db, kind):
+    run(kind(["a", "b", "c", "b"]), db, nothing)
+    assert rows(db) == [(1, "a", "done"), (2, "b", "done"), (3, "c", "done"), (4, "b", "done")]
+    order = []
+    run(kind(["b", "new", "c", "b", "b"]), db, lambda t, c: order.append((c.task_id, c.name)), workers=1)
+    assert order == [(2, "b"), (5, "new"), (3, "c"), (4, "b"), (6, "b")]
+    assert rows(db, "SELECT id, run_id FROM task_runs") == [(1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 2)]
+    assert run(kind(["b", "b", "b", "b", "zoo"]), db, nothing, resume=True).done == 2
+    assert rows(db)[-2:] == [(7, "b", "done"), (8, "zoo", "done")]
+
+
+def test_resume_without_a_record_of_what_is_done_is_a_clear_error(db):
+    with pytest.raises(
+        ValueError, match="resume=True needs to know what is done, and store_task_status=False"
+    ):
+        run([1], db, nothing, resume=True, store_task_status=False)
+    assert not db.exists()
+
+
+def test_a_database_of_the_original_is_resumed_by_its_ids(db):
+    conn = sqlite3.connect(str(db))
+    conn.execute(
+        "CREATE TABLE task_runs(id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,"
+        " progress REAL NOT NULL DEFAULT 0.0, message TEXT, started_at TEXT, finished_at TEXT, result TEXT)"
+    )
+    conn.execute("INSERT INTO task_runs(id, name, status) VALUES (1, 'a', 'running'), (2, 'b', 'done')")
+    conn.commit()
+    conn.close()
+    assert run([Task(1, "a"), Task(2, "b")], db, nothing, resume=True).skipped == 1
+    assert rows(db) == [(1, "a", "done"), (2, "b", "done")]
+
+
+class Clock:
+    """The clock of retries and deadlines, which stands still until a task moves it."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, ctx, seconds):
+        self.now += seconds
+        with ctx._run._lock:
+            ctx._run._time.notify()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(pipeloom._Run, "clock", clock)
+    return clock
+
+
+def test_an_attempt_that_failed_leaves_nothing_and_the_next_starts_clean(db):
+    def work(task, ctx):
+        seen.append((ctx.attempt, ctx.cancelled))
+        ctx.execute("INSERT INTO t VALUES (?)", (ctx.attempt,))
+        ctx.progress(1, 2)
+        if ctx.attempt < 3:
+            raise RuntimeError("not yet")
+
+    seen, display = [], Recorder()
+    run(["a"], db, work, retries=5, retry_delay=0, schema="CREATE TABLE t(x)", progress=display)
+    assert seen == [(1, False), (2, False), (3, False)]
+    assert rows(db, "SELECT x FROM t") == [(3,)]
+    assert rows(db, "SELECT status, attempts, message, traceback FROM task_runs") == [("done", 3, "", None)]
+    finishes = [(m.status, m.message) for m in display.messages() if type(m) is MsgTaskFinished]
+    assert finishes == [
+        ("queued", "attempt 1 failed: RuntimeError: not yet"),
+        ("queued", "attempt 2 failed: RuntimeError: not yet"),
+        ("done", ""),
+    ]
+
+
+@pytest.mark.parametrize("how", ["raises", "reports", "constraint", "constraint, streamed"])
+def test_every_kind_of_failure_is_tried_again_and_the_last_one_counts(db, how):
+    def work(task, ctx):
+        attempts.append(ctx.attempt)
+        if how == "raises":
+            raise RuntimeError("no")
+        if how == "reports":
+            return ctx.put(MsgTaskFinished(ctx.task_id, "error", "now", message="RuntimeError: no"))
+        ctx.execute("INSERT INTO t VALUES (NULL)")
+        ctx.sleep(WAIT if "streamed" in how else 0)
+
+    attempts = []
+    options = {"schema": "CREATE TABLE t(x NOT NULL)", "atomic": "streamed" not in how, "check": False}
+    result = run(["a"], db, work, retries=2, retry_delay=0, **options)
+    assert attempts == [1, 2, 3] and (result.error, len(result.failures)) == (1, 1)
+    found = rows(db, "SELECT status, attempts, message FROM task_runs")
+    assert found[0][:2] == ("error", 3) and found[0][2].startswith(
+        ("RuntimeError: no", "IntegrityError: NOT NULL")
+    )
+
+
+def test_a_task_that_waits_for_its_retry_holds_no_worker(db, clock):
+    def work(task, ctx):
+        order.append((task, ctx.attempt))
+        if task == "fails" and ctx.attempt == 1:
+            raise RuntimeError("once")
+        if task == "last":
+            while not ctx._run._later:  # until that failure is committed
+                ctx.sleep(0.01)
+            with ctx.connect() as conn:
+                found.extend(
+                    conn.execute("SELECT status, attempts, message FROM task_runs WHERE name = 'fails'")
+                )
+            clock.advance(ctx, 10_000)
+
+    order, found = [], []
+    run(["fails", "b", "last"], db, work, workers=1, retries=1, retry_delay=1000)
+    assert order == [("fails", 1), ("b", 1), ("last", 1), ("fails", 2)]
+    assert found == [("queued", 1, "attempt 1 failed: RuntimeError: once")]
+
+
+def test_the_delay_before_a_retry_doubles_up_to_an_hour_and_is_a_little_random(db, clock):
+    stage = pipeloom._Stage(nothing, [], lambda item, position: (None, None), options={"retry_delay": 2.0})
+    this = pipeloom._Run([stage], str(db), pipeloom._Settings(progress="none"))
+    for attempt, low in ((1, 2.0), (2, 4.0), (3, 8.0), (5000, 3600.0)):
+        with this._lock:
+            this._retry(pipeloom.TaskContext(this, stage, None, 1, "a", attempt), "failed")
+        due, _, again, _ = this._later.pop()
+        assert low <= due <= low * 1.25 and again.attempt == attempt + 1
+
+
+def test_a_run_that_stops_cancels_what_waits_for_its_retry(db):
+    def work(task, ctx):
+        raise RuntimeError(f"attempt {ctx.attempt} of {task}")
+
+    pipe = pipeloom.Pipeline(db, progress="none", workers=1, fail_fast=True, check=False)
+    pipe.task(lambda ctx: work("waits", ctx), name="waits", retries=1, retry_delay=1000)
+    pipe.task(lambda ctx: work("fails", ctx), name="fails")
+    pipe.task(nothing, name="never", after="fails")
+    result = pipe.run()
+    assert (result.error, result.cancelled) == (1, 2)
+    reason = "not started: fail_fast, and 'fails' failed"
+    told = f"{reason}; attempt 1 failed: RuntimeError: attempt 1 of waits"
+    found = rows(db, "SELECT name, status, message, attempts FROM task_runs ORDER BY id")
+    assert found == [
+        ("waits", "cancelled", told, 1),
+        ("fails", "error", "RuntimeError: attempt 1 of fails", 1),
+        ("never", "cancelled", reason, 0),
+    ]
+
+
+@needs_posix
+def test_ctrl_c_cancels_what_waits_for_its_retry(db, clock):
+    def work(task, ctx):
+        if task == "signals":
+            while not ctx._run._later:
+                ctx.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        raise RuntimeError("no")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(["waits", "signals"], db, work, workers=1, retries=1)
+    found = rows(db, "SELECT name, status, message, attempts FROM task_runs ORDER BY id")
+    assert found == [
+        ("waits", "cancelled", "interrupted; attempt 1 failed: RuntimeError: no", 1),
+        ("signals", "done", "", 1),
+    ]
+
+
+def test_at_its_deadline_a_task_is_an_error_and_a_fresh_worker_takes_its_place(db, clock):
+    def work(task, ctx):
+        ctx.execute("INSERT INTO t VALUES (?)", (task,))
+        if task != "hangs":
+            return
+        clock.advance(ctx, 61)
+        assert over.wait(WAIT)
+        for send in (
+            lambda: ctx.execute("INSERT INTO t VALUES ('late')"),
+            lambda: ctx.progress(1, 2),
+            ctx.check,
+        ):
+            with pytest.raises(pipeloom.TaskCancelled, match="timed out after 60 s"):
+                send()
+        told.append(ctx.cancelled)
+        ctx.put(MsgTaskFinished(ctx.task_id, "done", "now"))
+
+    over, told = threading.Event(), []
+    result = run(
+        ["hangs", "b", "c"], db, work, workers=1, timeout=60, check=False, schema="CREATE TABLE t(x)"
+    )
+    assert (result.done, result.error) == (2, 1)
+    assert (
+        result.failures[0].message == "timed out after 60 s" and "over.wait" in result.failures[0].traceback
+    )
+    over.set()
+    while not told:
+        threading.Event().wait(0.01)
+    assert [row[1:] for row in rows(db)] == [("hangs", "error"), ("b", "done"), ("c", "done")]
+    assert rows(db, "SELECT x FROM t ORDER BY x") == [("b",), ("c",)]
+
+
+def test_a_worker_that_was_too_late_is_an_exception_of_the_run(db, clock):
+    def work(task, q):
+        q.put(MsgTaskStarted(q.task_id, "a", "now"))
+        clock.advance(q, 61)
+        q.sleep(WAIT)
+
+    with pytest.raises(pipeloom.PipelineError, match="timed out after 0.5 s") as error:
+        run(["a"], db, work, timeout=0.5)
+    assert isinstance(error.value.__cause__, TimeoutError)
+
+
+def test_an_attempt_that_is_too_late_is_tried_again(db, clock):
+    def work(task, ctx):
+        if ctx.attempt == 1:
+            clock.advance(ctx, 61)
+            ctx.sleep(WAIT)
+        return ctx.attempt
+
+    run(["a"], db, work, timeout=60, retries=1, retry_delay=0)
+    assert rows(db, "SELECT status, attempts, result FROM task_runs") == [("done", 2, "2")]
+
+
+def test_a_task_that_hangs_does_not_hold_the_process_at_its_end(home):
+    program = """if 1:
+        import time, pipeloom
+        def work(task, ctx): time.sleep(3600)
+        pipeloom.run_pipeline(["a", "b", "c"], "h.db", worker_fn=work, timeout=0.05, progress="none")"""
+    done = python("-c", program, cwd=home, code=1)
+    assert "PipelineError: 3 of 3 tasks failed: 'a': timed out after 0.05 s (and 2 more)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"retries": -1}, "retries=-1: expected a whole number from 0"),
+        ({"retries": 1.5}, "retries=1.5: expected a whole number from 0"),
+        ({"retry_delay": -1}, "retry_delay=-1: expected a number of seconds from 0"),
+        ({"retry_delay": float("nan")}, "retry_delay=nan: expected"),
+        ({"timeout": 0}, "timeout=0: expected a number of seconds above 0, or None"),
+        ({"timeout": float("inf")}, "timeout=inf: expected"),
+        ({"timeout": "60"}, "timeout='60': expected"),
+    ],
+)
+def test_an_option_of_no_use_is_one_clear_error(db, options, said):
+    for call in (
+        lambda: run([1], db, nothing, **options),
+        lambda: pipeloom.Pipeline(db, **options),
+        lambda: pipeloom.Pipeline(db).task(nothing, **options),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            call()
+    assert not db.exists()
+
+
+# ---- Pipeline ------------------------------------------------------------------------------------------
+
+
+def test_declared_functions_stay_callable_and_their_values_are_the_results(db):
+    pipe = pipeloom.Pipeline(db, progress="none")
+
+    @pipe.task
+    def text(ctx):
+        return "as it is"
+
+    @pipe.task(each=["a", 3, Path("x") / "y", ("t", 1), {"name": "given"}, None])
+    def double(ctx, item):
+        return {"item": str(item)}
+
+    @pipe.task(each=(n for n in (1, 2)), name=lambda n: f"number {n}")
+    async def later(ctx, n):
+        return [n, ctx.task]
+
+    assert text(None) == "as it is" and double(None, 1) == {"item": "1"}
+    assert pipe.run().done == 9
+    found = dict(rows(db, "SELECT name, result FROM task_runs"))
+    assert found == {
+        "text": "as it is",
+        "double[a]": '{"item": "a"}',
+        "double[3]": '{"item": "3"}',
+        f"double[{Path('x') / 'y'}]": json.dumps({"item": str(Path("x") / "y")}),
+        "double[('t', 1)]": '{"item": "(\'t\', 1)"}',
+        "double[given]": "{\"item\": \"{'name': 'given'}\"}",
+        "double[None]": '{"item": "None"}',
+        "number 1": "[1, 1]",
+        "number 2": "[2, 2]",
+    }
+
+
+def test_an_item_whose_text_is_its_address_is_named_by_its_place(db):
+    for _ in range(2):
+        pipe = pipeloom.Pipeline(db, progress="none", resume=True)
+        pipe.task(nothing, name="n", each=[object(), nothing, object()])
+        result = pipe.run()
+    assert result.skipped == 3
+    assert [row[1] for row in rows(db)] == ["n[1]", "n[2]", "n[3]"]
+
+
+def test_a_dependent_reads_what_those_before_it_have_committed(db):
+    pipe = pipeloom.Pipeline(db, progress="none", workers=4, schema="CREATE TABLE t(x)")
+
+    @pipe.task(each=range(50))
+    def load(ctx, n):
+        ctx.execute("INSERT INTO t VALUES (?)", (n,))
+
+    @pipe.task(after=load)
+    def total(ctx):
+        with ctx.connect() as conn:
+            return conn.execute("SELECT sum(x) FROM t").fetchone()[0]
+
+    def read():
+        opened.append(threading.current_thread() is threading.main_thread())
+        return [row[0] for row in rows(db, "SELECT result FROM task_runs WHERE name = 'total'")]
+
+    @pipe.task(after="total", each=read)
+    def show(ctx, text):
+        return text
+
+    opened = []
+    pipe.run()
+    assert rows(db, "SELECT name, result FROM task_runs WHERE name LIKE 'show%'") == [("show[1225]", "1225")]
+    assert opened == [True]
+
+
+def test_a_single_item_can_be_waited_for_while_others_of_its_task_are_on(db):
+    def load(ctx, item):
+        if item == "b":
+            assert seen.wait(WAIT)
+
+    seen = threading.Event()
+    pipe = pipeloom.Pipeline(db, progress="none", workers=2)
+    pipe.task(load, each=iter("ab"))
+    pipe.task(lambda ctx: seen.set(), name="waits", after="load[a]")
+    pipe.task(lambda ctx: None, name="both", after=["load[a]", "load[b]", load, "load[a]"])
+    assert pipe.run().done == 4
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_single_item_that_was_done_before_is_there(db, resume):
+    for _ in range(2):
+        pipe = pipeloom.Pipeline(db, progress="none", resume=resume)
+        pipe.task(lambda ctx, item: None, name="load", each=iter("ab"))
+        pipe.task(lambda ctx: None, name="waits", after="load[a]")
+        pipe.task(lambda ctx: None, name=f"new {_}", after="load[b]")
+        result = pipe.run()
+    assert result.skipped == (3 if resume else 0) and result.ok
+
+
+@pytest.mark.parametrize(
+    "declare, said",
+    [
+        ([("a", "a")], "a task comes after itself: a after a"),
+        ([("a", "c"), ("b", "a"), ("c", "b")], "a task comes after itself: a after c after b after a"),
+        ([("a", "load")], "after='load' of task 'a': expected a task of this pipeline, which has a"),
+        ([("a", nothing)], "after='nothing' of task 'a': expected a task of this pipeline"),
+        ([("a", 3)], "after=3 of task 'a': expected a task"),
+        ([("a", [["b"]])], "after=['b'] of task 'a': expected a task"),
+        ([("a", ()), ("b", "a[1]")], "after='a[1]' of task 'b': expected a task"),
+        ([("a", ()), ("a", ())], "two tasks are named 'a'; give one of them another name"),
+        ([], "the pipeline has no task"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_an_error_that_shows_the_names(db, declare, said):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        for name, after in declare:
+            pipe.task(lambda ctx: None, name=name, after=after)
+        pipe.run()
+    assert not db.exists()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"each": 3}, "each=3 of task 'a': expected an iterable, or a function that makes one"),
+        ({"each": "abc"}, "each='abc' of task 'a': expected an iterable"),
+        ({"name": 3}, "name=3 of task '<lambda>': expected a str, or a function of its each= item"),
+        ({"name": len}, "expected a str, or a function of its each= item"),
+        ({"workers": 3}, "a task has no option workers; it has retries, retry_delay, timeout, atomic"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_an_error_at_once(db, options, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        pipeloom.Pipeline(db).task(lambda ctx: None, **{"name": "a", **options})
+    for call in (
+        lambda: pipeloom.Pipeline(3),
+        lambda: pipeloom.Pipeline(db, speed=1),
+        lambda: pipeloom.Pipeline().task(3),
+    ):
+        with pytest.raises(TypeError):
+            call()
+
+
+def test_an_item_after_its_own_task_is_an_error(db):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    pipe.task(nothing, name="a", each=["a", "b"], after="a[b]")
+    with pytest.raises(ValueError, match="a task comes after itself: a after a"):
+        pipe.run()
+
+
+def test_a_single_item_that_never_comes_is_an_error_and_the_rest_is_stored(db):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    pipe.task(lambda ctx, item: None, name="load", each=iter("ab"))
+    pipe.task(lambda ctx: None, name="waits", after="load[c]")
+    pipe.task(lambda ctx: None, name="so this", after="waits")
+    with pytest.raises(ValueError, match=re.escape("after='load[c]': no task of that name has come")):
+        pipe.run()
+    assert sorted(row[1:] for row in rows(db)) == [
+        ("load[a]", "done"), ("load[b]", "done"), ("so this", "cancelled"), ("waits", "cancelled"),
+    ]  # fmt: skip
+    reasons = dict(rows(db, "SELECT name, message FROM task_runs WHERE status = 'cancelled'"))
+    assert reasons == {
+        "waits": "not started: there was no task 'load[c]'",
+        "so this": "not started: 'waits' was not started",
+    }
+
+
+@pytest.mark.parametrize("kind", [list, iter, lambda items: lambda: items])
+def test_two_items_of_the_same_name_are_an_error(db, kind):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    pipe.task(nothing, name="load", each=kind(["a", "b", "a"]))
+    if kind is iter:  # its names are not kept: there may be millions
+        pipe.task(lambda ctx: None, name="after it", after="load[a]")
+        assert pipe.run().done == 4
+        return
+    with pytest.raises(ValueError, match=re.escape("two tasks are named 'load[a]'; give each its own")):
+        pipe.run()
+
+
+def test_what_cannot_start_is_cancelled_with_the_reason_and_so_is_all_that_follows(db):
+    def extract(ctx, n):
+        if n == 1:
+            raise RuntimeError("broken")
+
+    def items():
+        opened.append(1)
+        return ["x", "y"]
+
+    opened = []
+    for fails in (True, False):
+        pipe = pipeloom.Pipeline(db, progress="none", check=False, resume=True)
+        pipe.task(extract, name="extract", each=[0, 1, 2] if fails else [0, 2])
+        pipe.task(lambda ctx, item: None, name="load", each=items, after="extract")
+        pipe.task(lambda ctx, item: None, name="known", each=["k"], after="extract")
+        pipe.task(lambda ctx: None, name="report", after=["load", "known"])
+        pipe.task(lambda ctx: None, name="free")
+        result = pipe.run()
+        if fails:
+            assert (result.done, result.error, result.cancelled) == (3, 1, 3) and not opened
+            assert dict(rows(db, "SELECT name, message FROM task_runs WHERE status = 'cancelled'")) == {
+                "load": "not started: 'extract[1]' failed",
+                "known[k]": "not started: 'extract[1]' failed",
+                "report": "not started: 'load' was not started",
+            }
+    names = {row[1] for row in rows(db) if row[2] == "done"}
+    assert result.ok and opened == [1] and {"load[x]", "load[y]", "known[k]", "report", "free"} < names
+    assert "load" not in {row[1] for row in rows(db)}  # that stood for what nobody knew
+
+
+def test_an_each_that_gives_nothing_is_done_at_once(db):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    for number, each in enumerate(([], iter(()), lambda: [], lambda: iter(()), {}, range(0))):
+        pipe.task(nothing, name=f"t{number}", each=each, after=f"t{number - 1}" if number else ())
+    pipe.task(lambda ctx: None, name="last", after="t5")
+    assert pipe.run().done == 1
+
+
+@pytest.mark.parametrize("each", [lambda: 3, lambda: "abc", lambda: 1 / 0, iter([1, 2])])
+def test_an_each_that_fails_ends_the_run_with_its_error_and_the_rest_is_stored(db, each):
+    def name(item):
+        if item == 2:
+            raise ZeroDivisionError("two")
+        return f"n{item}"
+
+    pipe = pipeloom.Pipeline(db, progress="none")
+    pipe.task(lambda ctx: None, name="first")
+    pipe.task(lambda ctx, item: None, name=name, each=each, after="first")
+    pipe.task(lambda ctx: None, name="last", after="<lambda>")
+    with pytest.raises((TypeError, ZeroDivisionError)):
+        pipe.run()
+    found = {row[1]: row[2] for row in rows(db)}
+    assert found.pop("n1", "done") in ("done", "cancelled") and found == {
+        "first": "done",
+        "last": "cancelled",
+    }
+
+
+def test_a_generator_that_blocks_holds_up_neither_followers_nor_retries_nor_deadlines(db):
+    def slow():
+        yield 1
+        assert all(event.wait(WAIT) for event in events)
+        yield 2
+
+    def again(ctx):
+        if ctx.attempt == 1:
+            raise RuntimeError("once")
+        events[0].set()
+
+    events = [threading.Event() for _ in range(3)]
+    pipe = pipeloom.Pipeline(db, progress="none", workers=3, check=False)
+    pipe.task(lambda ctx, item: None, name="slow", each=slow)
+    pipe.task(again, retries=1, retry_delay=0.01)
+    pipe.task(lambda ctx: events[1].set(), name="follows", after=again)
+    pipe.task(lambda ctx: ctx.sleep(WAIT), name="hangs", timeout=0.05)
+    pipe.task(lambda ctx: None, name="before")
+    pipe.task(lambda ctx: events[2].set(), name="follows a single one", after=["before", "slow[1]"])
+    result = pipe.run()
+    assert (result.done, result.error) == (6, 1)
+
+
+def test_chains_layers_and_large_fans_are_no_effort(db):
+    pipe = pipeloom.Pipeline(db, progress="none", workers=2, resume=True)
+    for number in range(1_500):
+        pipe.task(lambda ctx: None, name=f"c{number}", after=f"c{number - 1}" if number else ())
+    for layer in range(5):
+        pipe.task(
+            nothing_each,
+            name=f"layer {layer}",
+            each=range(200),
+            after=f"layer {layer - 1}" if layer else "c1499",
+        )
+    pipe.task(lambda ctx: None, name="end", after=[f"layer {layer}" for layer in range(5)])
+    assert pipe.run().done == 2_501
+    assert pipe.run().skipped == 2_501
+
+
+def nothing_each(ctx, item):
+    pass
+
+
+def test_the_nearer_option_wins(db):
+    def work(ctx):
+        tried.append(ctx.name)
+        raise RuntimeError("no")
+
+    tried = []
+    pipe = pipeloom.Pipeline(db, progress="none", retries=1, retry_delay=0, check=False)
+    pipe.task(work, name="own", retries=0)
+    pipe.task(work, name="other")
+    pipe.run()
+    assert sorted(tried) == ["other", "other", "own"]
+    pipe.run(retries=2)
+    assert sorted(tried[3:]) == ["other", "other", "other", "own"]
+
+
+def test_a_pipeline_has_handlers_and_streams_where_it_is_asked_to(db):
+    pipe = pipeloom.Pipeline(
+        db, progress="none", schema="CREATE TABLE users(key PRIMARY KEY, name NOT NULL)", check=False
+    )
+    handler = pipe.handles(User)(insert_user)
+
+    @pipe.task(atomic=False)
+    def streams(ctx):
+        ctx.put(User("a", "ada"))
+        raise RuntimeError("after it")
+
+    @pipe.task
+    def keeps(ctx):
+        ctx.put(User("b", "bob"))
+        raise RuntimeError("after it")
+
+    assert handler is insert_user and pipe.run().error == 2
+    assert rows(db, "SELECT key FROM users") == [("a",)]
+
+
+OUTCOMES = (
+    "done",
+    "done",
+    "raises",
+    "exits",
+    "reports",
+    "constraint",
+    "cancels",
+    "hangs",
+    "second time",
+    "third",
+)
+
+
+@st.composite
+def graphs(draw):
+    """Tasks as (name, items or None, how they are given, what they come after, retries, outcomes by run)."""
+    graph = []
+    for number in range(draw(st.integers(1, 6))):
+        items = draw(st.none() | st.integers(0, 3).map(lambda n: list(range(n))))
+        after = set()
+        for other, their_items, *_ in graph:
+            choices = [None, other, *(f"{other}[{item}]" for item in their_items or ())]
+            after.add(draw(st.sampled_from(choices)))
+        outcomes = [[draw(st.sampled_from(OUTCOMES)) for _ in items or [0]] for _ in range(2)]
+        for outcome in outcomes:
+            if (
+                "hangs" in outcome
+            ):  # the clock is everybody's: who has a deadline beside one that hangs, hangs
+                outcome[:] = ["hangs"] * len(outcome)
+        given = draw(
+            st.sampled_from([list, iter, lambda items: lambda: items, lambda items: lambda: iter(items)])
+        )
+        graph.append((f"t{number}", items, given, after - {None}, draw(st.integers(0, 2)), outcomes))
+    return graph
+
+
+def modelled(graph, run, before):
+    """What the database must say after this run: {name: (status, attempts, rows)}."""
+    said, ended_well = dict(before), {}
+    for name, items, given, after, retries, outcomes in graph:
+        names = [name] if items is None else [f"{name}[{item}]" for item in items]
+        if not all(ended_well.get(upstream) for upstream in after):
+            ended_well[name] = False
+            if items is not None and not isinstance(given(items), list):
+                names = [name]  # it was not opened, and one row stands for all
+            for task in names:
+                if said.get(task, ("",))[0] == "done":
+                    ended_well[task] = True
+                else:
+                    said[task] = ("cancelled", 0, 0)
+            continue
+        if items is not None:
+            said.pop(name, None)
+        for task, outcome in zip(names, outcomes[run]):
+            if said.get(task, ("",))[0] != "done":
+                said[task] = settled(outcome, retries)
+            ended_well[task] = said[task][0] == "done"
+        if items is not None:
+            ended_well[name] = all(ended_well[task] for task in names)
+    return said
+
+
+def settled(outcome, retries):
+    fails = {"done": 0, "second time": 1, "third": 2, "cancels": 0}.get(outcome, 9)
+    attempts = min(fails, retries) + 1
+    if outcome == "cancels":
+        return "cancelled", 1, 0
+    return ("done", attempts, 2) if fails <= retries else ("error", attempts, 0)
+
+
+def declared(graph, run, db, clock):
+    pipe = pipeloom.Pipeline(
+        db, workers=4, check=False, progress="none", retry_delay=0, resume=True,
+        schema="CREATE TABLE IF NOT EXISTS made(task TEXT, n INTEGER CHECK (n < 2))",
+    )  # fmt: skip
+    for name, items, given, after, retries, outcomes in graph:
+
+        def work(ctx, item=0, outcomes=outcomes[run]):
+            outcome = outcomes[item]
+            ctx.executemany("INSERT INTO made VALUES (?, ?)", ((ctx.name, n) for n in range(2)))
+            if outcome == "hangs":
+                clock.advance(ctx, 1000)
+                ctx.sleep(WAIT)
+            elif outcome == "raises" or ctx.attempt <= {"second time": 1, "third": 2}.get(outcome, 0):
+                raise RuntimeError(outcome)
+            elif outcome == "exits":
+                sys.exit(3)
+            elif outcome == "reports":
+                ctx.put(MsgTaskFinished(ctx.task_id, "error", "now"))
+            elif outcome == "constraint":
+                ctx.execute("INSERT INTO made VALUES ('bad', 2)")
+            elif outcome == "cancels":
+                raise pipeloom.TaskCancelled("enough")
+
+        timeout = 60 if "hangs" in outcomes[run] else None
+        each = None if items is None else given(items)
+        pipe.task(work, name=name, each=each, after=after, retries=retries, timeout=timeout)
+    return pipe
+
+
+@given(graphs())
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_graph_the_database_says_what_the_model_says(tmp_path_factory, graph):
+    db, clock, said = tmp_path_factory.mktemp("graph") / "test.db", Clock(), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeloom._Run, "clock", clock)
+        for run in range(2):
+            done_before = {name for name, (status, *_) in said.items() if status == "done"}
+            result = declared(graph, run, db, clock).run()
+            said = modelled(graph, run, said)
+            found = rows(
+                db,
+                "SELECT name, status, attempts, (SELECT count(*) FROM made WHERE task = name) FROM task_runs",
+            )
+            assert {name: row for name, *row in found} == {name: list(row) for name, row in said.items()}
+            assert len(found) == len(said)
+            assert rows(db, "SELECT count(*) FROM made") == [
+                (2 * sum(row[0] == "done" for row in said.values()),)
+            ]
+            counts = [result.done + result.skipped, result.error, result.cancelled]
+            assert result.skipped <= len(done_before)
+            assert rows(db, "PRAGMA integrity_check") == [("ok",)]
+            assert result.error == sum(row[0] == "error" for row in said.values()), counts
+
+
+KILLED = """
+import os, random, signal, sys, time
+import pipeloom
+
+random.seed(int(sys.argv[2]))
+def tasks():
+    for number in range(150):
+        yield number
+
+def pipeline():
+    pipe = pipeloom.Pipeline(
+        "killed.db", workers=4, retries=3, retry_delay=0, progress="none", wal=random.random() < 0.7,
+        schema="CREATE TABLE IF NOT EXISTS made(task TEXT, n INTEGER); CREATE TABLE IF NOT EXISTS twice(n INTEGER)")
+    @pipe.task(each=tasks)
+    def load(ctx, number):
+        ctx.executemany("INSERT INTO made VALUES (?, ?)", ((ctx.name, n) for n in range(5)))
+        time.sleep(0.002)
+        if ctx.attempt == 1 and number % 10 == 0:
+            raise RuntimeError("once")
+    @pipe.task(after=load, each=lambda: list(range(100)))
+    def double(ctx, number):
+        with ctx.connect() as db:
+            (n,) = db.execute("SELECT sum(n) FROM made WHERE task = ?", (f"load[{number}]",)).fetchone()
+        ctx.execute("INSERT INTO twice VALUES (?)", (2 * n,))
+    @pipe.task(after=double)
+    def report(ctx):
+        with ctx.connect() as db:
+            return db.execute("SELECT sum(n) FROM twice").fetchone()[0]
+    return pipe
+
+def one_run():  # in a process of its own, killed at a random moment; whether it finished
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            code = pipeloom._execute(pipeloom._pipeline_parser(pipeline()), ["--resume"])
+        finally:
+            os._exit(code)
+    time.sleep(random.random() ** 2 * 0.25)
+    try:
+        os.kill(child, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+def check():
+    import sqlite3
+    db = sqlite3.connect("killed.db")
+    assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert db.execute("SELECT status, count(*) FROM task_runs GROUP BY 1").fetchall() == [("done", 251)]
+    assert db.execute("SELECT count(*), count(DISTINCT task || ' ' || n) FROM made").fetchone() == (750, 750)
+    assert db.execute("SELECT count(*), sum(n) FROM twice").fetchone() == (100, 2000)
+    assert db.execute("SELECT result FROM task_runs WHERE name = 'report'").fetchone() == ("2000",)
+    db.close()
+    for end in ("", "-wal", "-shm", "-journal"):
+        if os.path.exists("killed.db" + end):
+            os.remove("killed.db" + end)
+
+kills = finished = 0
+while kills < int(sys.argv[1]):
+    while not one_run():
+        kills += 1
+    finished += 1
+    check()
+print(kills, "kills", finished, "databases")
+"""
+
+
+@needs_posix
+def test_killed_at_random_moments_and_resumed_every_row_is_there_exactly_once(home):
+    """PIPELOOM_KILLS=1000 makes it a long one."""
+    kills, seed = os.environ.get("PIPELOOM_KILLS", "40"), os.getpid()
+    (home / "killed.py").write_text(KILLED)
+    faulthandler.dump_traceback_later(60 + int(kills), exit=True)
+    done = subprocess.run(
+        [sys.executable, "killed.py", kills, str(seed)],
+        cwd=str(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=60 + int(kills),
+    )
+    assert done.returncode == 0, (seed, done.stderr.decode()[-3000:])
+    print(done.stdout.decode())
+
+
 # ---- Status and the command line -----------------------------------------------------------------------
 
 
@@ -1896,7 +2695,7 @@ def test_run_tells_in_one_line_why_a_file_cannot_be_imported(home):
 def test_run_tells_failures_by_their_cause(home):
     (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
     done = python("-m", "pipeloom", "run", "job.py", "--arg", "bad=true", cwd=home, code=1)
-    assert "2 done, 1 failed" in done.stderr and "ValueError: bad task: bad" in done.stderr
+    assert "2 done, 1 failed" in done.stderr and "bad: ValueError: bad task" in done.stderr
     assert "Traceback" not in done.stderr
 
 
