@@ -2160,6 +2160,7 @@ GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that t
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
 LIVE = 20_000  # tasks that are submitted and not settled; beyond that none is pulled
 TROUBLES = {ERROR: "failed", CANCELLED: "was cancelled"}
+NAMES_COMPARED = 10_000  # of the first items of a task, to find two of the same name; there may be millions
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 
 
@@ -2486,14 +2487,9 @@ class _Run:
         """Tasks that are known are `queued` rows at once; which of them are to run, and as what, is kept."""
         ids, chosen = array("q"), bytearray()
         queued: list[tuple[int, str]] = []
-        names: set[str] = set()
         for _, id, name, status in self._identified(stage, items):
             if self.stopping:
                 break
-            if stage.name:
-                if name in names:
-                    raise UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
-                names.add(name)
             chosen.append(status != DONE)
             if status == DONE:
                 self._skip(name)
@@ -2515,12 +2511,17 @@ class _Run:
     def _identified(self, stage: _Stage, items: Iterable[Any]) -> Iterator[tuple[Any, int, str, str | None]]:
         """Each item with its id, its name and, where that matters, its status in earlier runs."""
         iterator = self._interruptibly(iter, items)
+        names: set[str] = set()
         for position in count(1):
             try:
                 item = self._interruptibly(next, iterator)
             except StopIteration:
                 return
             given, name = self._named(stage, item, position)
+            if stage.name and len(names) < NAMES_COMPARED:
+                if name in names:
+                    raise UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
+                names.add(name)
             id, status = self._of_name(name) if given is None else self._of_id(_task_id(given), name)
             yield item, id, name, status
 
