@@ -232,6 +232,7 @@ def _describe(error: BaseException) -> str:
         text = str(error)
     except BaseException:
         text = "(its text cannot be shown)"
+    text = text if len(text) < 5_000 else f"{text[:5_000]}..."  # it may hold a whole response, or file
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -481,9 +482,11 @@ def init_schema(conn: sqlite3.Connection, *, store_task_status: bool) -> None:
 
 def _missing_columns(conn: sqlite3.Connection) -> list[str]:
     """Which columns a task_runs table lacks; none where there is no such table."""
-    found = {row[1] for row in conn.execute("PRAGMA table_info(task_runs)")}
+    found = {row[1]: row for row in conn.execute("PRAGMA table_info(task_runs)")}
     missing = [name for name in COLUMNS if found and name not in found]
-    if set(missing) & set(list(COLUMNS)[:8]):
+    if "id" in found and (found["id"][2].upper(), found["id"][5]) != ("INTEGER", 1):
+        missing.insert(0, "id INTEGER PRIMARY KEY")
+    if set(missing) - set(list(COLUMNS)[8:]):
         path = next((row[2] for row in conn.execute("PRAGMA database_list") if row[1] == "main"), "")
         raise DatabaseError(
             path,
@@ -1093,7 +1096,7 @@ class SQLiteWriter(threading.Thread):
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
         for id, row in self._pending.items():
-            if row.status == RUNNING:
+            if row.status == RUNNING or (row.status == QUEUED and row.attempts):  # that waits for its retry
                 self._rows[id] = row
             else:
                 self._rows.pop(id, None)
@@ -1916,8 +1919,8 @@ class TaskContext:
 
     __slots__ = (
         "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed",
-        "error", "has_news", "held", "name", "news", "reason", "rejected", "stage", "task", "task_id",
-        "thread", "traceback",
+        "coroutine", "error", "has_news", "held", "name", "news", "on_cancel", "reason", "rejected",
+        "stage", "task", "task_id", "thread", "traceback",
     )  # fmt: skip
 
     def __init__(
@@ -1939,6 +1942,8 @@ class TaskContext:
         self.error: BaseException | None = None
         self.traceback: str | None = None
         self.thread: threading.Thread | None = None  # that runs it, where there is a deadline
+        self.coroutine: Any = None  # what it runs, if that is one
+        self.on_cancel: Callable[[], object] | None = None
         self._held_rows = 0
         self._limit = MANY_ROWS if stage.atomic else STREAM_ROWS
         self._group: list[Any] = []  # rows of consecutive statements with the same SQL
@@ -2073,16 +2078,22 @@ class TaskContext:
     def finish(self, message: MsgTaskFinished, wait: bool = True) -> bool:
         """End the attempt with this message; False if something else has ended it before.
 
-        The worker calls it, and so do a deadline and the second Ctrl-C, which leave its rows alone: the
-        writer applies those of a done task only.
+        The worker calls it, and so do a deadline and the second Ctrl-C, which do not wait and leave its
+        rows alone: the writer applies those of a done task only.
         """
-        if message.status == DONE and not self.closed:
+        if wait and not self.closed and (message.status == DONE or not self.stage.atomic):
             self._send_group()
         return self._run.channel.put(self, message, 1 + self._held_rows, last=True, wait=wait)
 
     def cancel(self, reason: str) -> None:
         self.reason = self.reason or reason
         self._run.wake_sleepers()
+        stop = self.on_cancel
+        if stop is not None:
+            try:
+                stop()
+            except RuntimeError:  # its event loop has just ended
+                return
 
     def record(self, error: BaseException) -> None:
         """Keep an exception and its traceback for the finish."""
@@ -2102,7 +2113,6 @@ class TaskContext:
             self._run.channel.put(self, None)
 
     def _new_group(self, sql: str) -> None:
-        self.check()
         self._send_group()
         self._refuse_if_closed("execute()")
         if not isinstance(sql, str):
@@ -2131,6 +2141,7 @@ class TaskContext:
             )  # fmt: skip
 
     def _refuse_if_closed(self, what: str) -> None:
+        self.check()
         if self.closed:
             raise MessageRefused(f"task {self.name!r} has finished: {what} came too late to be stored")
 
@@ -2158,9 +2169,8 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
 FAILURES_KEPT = 100  # in a RunResult
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
-LIVE = 20_000  # tasks that are submitted and not settled; beyond that none is pulled
+LIVE = 12_000  # tasks that are submitted and not settled; beyond that none is pulled
 TROUBLES = {ERROR: "failed", CANCELLED: "was cancelled"}
-NAMES_COMPARED = 10_000  # of the first items of a task, to find two of the same name; there may be millions
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 
 
@@ -2226,8 +2236,7 @@ class _Settings:
             )
         if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
             raise UsageError(f"workers={self.workers!r}: expected a whole number from 1; None is one per CPU")
-        if not isinstance(self.busy_timeout, (int, float)) or not self.busy_timeout >= 0:
-            raise UsageError(f"busy_timeout={self.busy_timeout!r}: expected a number of seconds from 0")
+        _check_seconds("busy_timeout", self.busy_timeout)
         if not (isinstance(self.writer, type) and issubclass(self.writer, SQLiteWriter)):
             raise UsageTypeError(f"writer={self.writer!r}: expected a subclass of SQLiteWriter")
         if self.schema is not None and not isinstance(self.schema, str):
@@ -2238,14 +2247,18 @@ STAGE_OPTIONS = ("retries", "retry_delay", "timeout", "atomic")  # a stage may h
 
 
 def _check_stage_options(options: Mapping[str, Any]) -> None:
-    retries, delay = options.get("retries", 0), options.get("retry_delay", 0)
-    timeout = options.get("timeout")
+    retries, timeout = options.get("retries", 0), options.get("timeout")
     if not isinstance(retries, int) or retries < 0:
         raise UsageError(f"retries={retries!r}: expected a whole number from 0")
-    if not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
-        raise UsageError(f"retry_delay={delay!r}: expected a number of seconds from 0")
-    if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf")):
+    _check_seconds("retry_delay", options.get("retry_delay", 0))
+    if timeout is not None and not timeout:
         raise UsageError(f"timeout={timeout!r}: expected a number of seconds above 0, or None for no limit")
+    _check_seconds("timeout", timeout or 0)
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1e9:
+        raise UsageError(f"{name}={value!r}: expected a number of seconds from 0 to 1e9")
 
 
 class _Stage:
@@ -2292,12 +2305,37 @@ class _Interrupted(KeyboardInterrupt):
     """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
 
 
-def _stack_of(thread: threading.Thread | None) -> str:
-    """Where a thread is just now."""
+async def _awaited(ctx: TaskContext, coroutine: Any) -> object:
+    """Run a coroutine so that what cancels its task cancels it, too."""
+    import asyncio
+
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    ctx.on_cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+    try:
+        ctx.check()
+        return await coroutine
+    except asyncio.CancelledError:
+        ctx.check()
+        raise
+    finally:
+        ctx.on_cancel = None
+
+
+def _stack_of(ctx: TaskContext) -> str:
+    """Where a task's thread, or its coroutine, is just now."""
     from traceback import format_stack
 
-    frame = sys._current_frames().get(thread.ident or 0) if thread else None
-    return _text("its thread was here:\n" + "".join(format_stack(frame)) if frame else "its thread had ended")
+    try:
+        awaited, frames = ctx.coroutine, []
+        while awaited is not None:
+            frames += (
+                format_stack(getattr(awaited, "cr_frame", None), 1) if hasattr(awaited, "cr_frame") else []
+            )
+            awaited = getattr(awaited, "cr_await", None)
+        frames = frames or format_stack(sys._current_frames()[ctx.thread.ident])  # type: ignore[union-attr,index]
+    except Exception as error:  # its source cannot be read, or the thread has just ended
+        frames = [_describe(error)]
+    return _text("its thread was here:\n" + "".join(frames))
 
 
 class _Run:
@@ -2348,6 +2386,7 @@ class _Run:
         self._taken: dict[int, int] = {}  # which of those are some task's in this run: 1,024 bits an entry
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         self._reader: sqlite3.Connection | None = None  # the calling thread's
+        self._names: sqlite3.Connection | None = None  # and its list of the names in this run
         self._signals: list[int] = []
         self._heeded = 0
         self._leave_at: float | None = None
@@ -2432,9 +2471,15 @@ class _Run:
         logger.info("database %r is open; %d workers start", self.writer.db_path, self._workers)
         self._old = self.writer.last_id
         self._next_id = max(1, self._old + 1, *(stage.highest + 1 for stage in self._stages))
+        if self._next_id > 2**62 and self.writer.index_names:
+            cure = "use another file, or give each task its own task_id"
+            raise DatabaseError(
+                self.writer.db_path, f"has a task of id {self._next_id - 1}, beyond which few are left", cure
+            )
         first = [stage for stage in self._stages if not stage.waits]
         for stage in self._stages:
             if isinstance(stage.source, Sequence):
+                self._forget_stand_in(stage)
                 self._register(stage, stage.source)
         self._show()
         with self._lock:
@@ -2511,19 +2556,25 @@ class _Run:
     def _identified(self, stage: _Stage, items: Iterable[Any]) -> Iterator[tuple[Any, int, str, str | None]]:
         """Each item with its id, its name and, where that matters, its status in earlier runs."""
         iterator = self._interruptibly(iter, items)
-        names: set[str] = set()
         for position in count(1):
             try:
                 item = self._interruptibly(next, iterator)
             except StopIteration:
                 return
             given, name = self._named(stage, item, position)
-            if stage.name and len(names) < NAMES_COMPARED:
-                if name in names:
-                    raise UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
-                names.add(name)
+            if stage.name and not self._is_new(name):
+                raise UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
             id, status = self._of_name(name) if given is None else self._of_id(_task_id(given), name)
             yield item, id, name, status
+
+    def _is_new(self, name: str) -> bool:
+        """Whether no other task of this run has the name. There may be millions, which no set should hold."""
+        if self._names is None:
+            self._names = sqlite3.connect("", isolation_level=None)  # on disk, once it is large
+            self._names.execute("PRAGMA journal_mode=OFF")
+            self._names.execute("CREATE TABLE names(name TEXT PRIMARY KEY) WITHOUT ROWID")
+            self._names.execute("BEGIN")
+        return self._names.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount == 1
 
     def _interruptibly(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call what is the user's code: a signal may end it."""
@@ -2623,9 +2674,14 @@ class _Run:
                     self._skip(name)
                 else:
                     self._submit(stage, item, id, name)
-            self._sources.rotate(-1)
+            if stage.registered is None:
+                self._sources.rotate(-1)  # each in its turn
         except _Interrupted:
             return None
+        except Exception as error:
+            if stage.name:
+                self.stopping = f"the run ended: each= of {stage.name!r} gave {_describe(error)}"
+            raise
 
     def _open(self, stage: _Stage) -> Iterator[tuple[Any, int, str, str | None]]:
         """Get at the items of a stage that is not registered yet."""
@@ -2634,8 +2690,7 @@ class _Run:
             items = [None]
             stage.identify = lambda _, __: (None, stage.name)
         else:
-            if self._old > -(2**63) and stage.name:
-                self.channel.put(None, _MsgOpened(stage.name))
+            self._forget_stand_in(stage)
             if callable(items):
                 items = self._interruptibly(items)
         if not hasattr(items, "__iter__") or _is_path(items):
@@ -2651,6 +2706,11 @@ class _Run:
             stage.upcoming = self._identified(stage, items)
         assert stage.upcoming is not None
         return stage.upcoming
+
+    def _forget_stand_in(self, stage: _Stage) -> None:
+        """An earlier run may have stored one row for all the tasks of a stage that it could not open."""
+        if self._old > -(2**63) and stage.name and not stage.lone:
+            self.channel.put(None, _MsgOpened(stage.name))
 
     def _skip(self, name: str) -> None:
         """A task that an earlier run has done."""
@@ -2691,7 +2751,10 @@ class _Run:
     def _begin(self, stage: _Stage) -> bool:
         """Nothing is before this stage any more; returns whether it has ended at once."""
         if not stage.lone or stage.upcoming is None:
-            self._sources.append(stage)
+            if stage.upcoming is None:
+                self._sources.append(stage)
+            else:
+                self._sources.appendleft(stage)  # what is known cannot block, so it comes first
             self._stir()
             return False
         for item, id, name, _ in stage.upcoming:
@@ -2711,8 +2774,10 @@ class _Run:
     def _let_go(self, stage: _Stage, reason: str) -> bool:
         """One of the things that this stage waits for has ended, badly if there is a reason."""
         if reason and not stage.doomed:
-            stage.doomed = f"not started: {reason}"
-            stage.spoiled = f"{stage.name!r} was not started"
+            stage.doomed, stage.spoiled = (
+                f"not started: {reason}",
+                reason,
+            )  # the first cause, all the way down
         stage.waits -= 1
         return not stage.waits and self._begin(stage)
 
@@ -2723,16 +2788,25 @@ class _Run:
                 self._end(stage)
 
     def _give_up_waiting(self) -> UsageError | None:
-        """Nothing is left that could run, but some stages wait for tasks that never came."""
-        known = any(stage.spoiled for stage in self._stages)  # then it is no wonder
-        names = sorted(self._waiters)
-        for name in names:
-            self._resolve(name, f"there was no task {name!r}")
-        if known or not names:
-            return None
-        return UsageError(
-            f"after={names[0]!r}: no task of that name has come; name a function of the pipeline or one of its tasks"
-        )
+        """Nothing is left that could run, but some stages wait for tasks that have not come in this run."""
+        stages = {stage.name: stage for stage in self._stages}
+        doomed = any(stage.doomed for stage in self._stages)
+        missing = None
+        for name, waiting in sorted(self._waiters.items()):
+            maker = stages.get(name.partition("[")[0])
+            if self.settings.resume and DONE in [
+                row[1] for row in self._read(FIND_NAME, (name, -(2**63), self._old))
+            ]:
+                self._resolve(name)  # its item is gone, and was done before
+            elif maker.doomed if maker else doomed:
+                self._resolve(name, maker.spoiled if maker else f"there was no task {name!r}")
+            else:
+                missing = missing or UsageError(
+                    f"after={name!r} of task {waiting[0].name!r}: no task of that name has come; "
+                    "mend the name, or name the function whose tasks it comes after"
+                )
+                self._resolve(name, f"there was no task {name!r}")
+        return missing
 
     def _cancel_ready(self) -> None:
         """Cancel what waits for a worker or for its retry."""
@@ -2772,14 +2846,23 @@ class _Run:
             with self._lock:
                 self._idle += 1
                 self._stir()
-                while not self._ready and not self._dismissed:
-                    self._work.wait()  # ended by _submit or, however the run ends, by _dismiss
-                self._idle -= 1
-                return self._ready.popleft() if self._ready else None
+                try:
+                    return self._wait_for_work()
+                finally:
+                    self._idle -= 1
         if len(self._ready) == self._room // 2:
             with self._lock:
                 self._stir()
         return ctx
+
+    def _wait_for_work(self) -> TaskContext | None:
+        while True:
+            try:
+                return self._ready.popleft()
+            except IndexError:  # another worker, which takes without the lock, may have been faster
+                if self._dismissed:
+                    return None
+                self._work.wait()  # ended by _hand_out or, however the run ends, by _dismiss
 
     def _stir(self) -> None:
         """Wake the calling thread. With the lock held."""
@@ -2810,7 +2893,8 @@ class _Run:
         if type(value) is CoroutineType:
             import asyncio
 
-            value = asyncio.run(value)
+            ctx.coroutine = value
+            value = asyncio.run(_awaited(ctx, value))
         return value
 
     def _call_in_time(self, ctx: TaskContext) -> object:
@@ -2835,7 +2919,7 @@ class _Run:
         end = time.monotonic() + seconds
         with self._sleepers:
             while ctx.reason is None and (left := end - time.monotonic()) > 0:
-                self._sleepers.wait(left)
+                self._sleepers.wait(min(left, threading.TIMEOUT_MAX))
 
     def wake_sleepers(self) -> None:
         with self._sleepers:
@@ -2850,8 +2934,8 @@ class _Run:
                     now = self.clock()
                     due = self._tick(now)
                     self._time.wait(None if due is None else min(due - now, threading.TIMEOUT_MAX))
-        except WriterFailed:  # the calling thread sees it, too
-            return
+        except BaseException as error:  # for the calling thread, which would wait for ever
+            self._fault = error
 
     def _tick(self, now: float) -> float | None:
         """Do what is due; returns when the next thing is. With the lock held."""
@@ -2865,20 +2949,21 @@ class _Run:
     def _time_out(self, ctx: TaskContext) -> None:
         """End an attempt whose thread cannot be ended: it is cut off, and another takes its place."""
         del self._timed[ctx]
-        if ctx.closed:
-            return
         text = f"timed out after {ctx.stage.timeout:g} s"
-        ctx.error, ctx.traceback = TimeoutError(text), _stack_of(ctx.thread)
-        if not ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, text), wait=False):
-            return
+        if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
+            logger.warning("task %r has ended, but its function goes on: it %s", ctx.name, text)
+        else:
+            ctx.error, ctx.traceback = TimeoutError(text), _stack_of(ctx)
+            ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, text), wait=False)
         ctx.abandoned = True
         ctx.cancel(text)
         self._threads = [
             thread for thread in self._threads if thread is not ctx.thread
         ]  # nobody waits for it
         if not self._start_worker():
+            left = len(self._threads)
             logger.warning(
-                "no thread could be started in place of one that hangs; %d are left", len(self._threads)
+                "no thread starts in place of the one of task %r; %d workers are left", ctx.name, left
             )
 
     # The writer
@@ -2910,9 +2995,8 @@ class _Run:
         again = TaskContext(self, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
         again.traceback = ctx.traceback
         self._live[ctx.task_id] = again
-        delay = min(ctx.stage.retry_delay * 2.0 ** min(ctx.attempt - 1, 100), LONGEST_DELAY) * uniform(
-            1, 1.25
-        )
+        first = ctx.stage.retry_delay
+        delay = min(first * 2.0 ** min(ctx.attempt - 1, 100), max(first, LONGEST_DELAY)) * uniform(1, 1.25)
         logger.info("task %r: %s; again in %.1f s", ctx.name, message, delay)
         heappush(self._later, (self.clock() + delay, id(again), again, message))
         self._time.notify()
@@ -2934,8 +3018,9 @@ class _Run:
             if failure is not None and self.writer.error is None and self.writer.opened.is_set():
                 self._drain()
             self._dismiss()
-            if self._reader is not None:
-                self._reader.close()  # so that the writer's last checkpoint leaves no side files
+            for conn in (self._reader, self._names):
+                if conn is not None:
+                    conn.close()  # before the writer's last checkpoint, which then leaves no side files
             if self.writer.ident is not None:
                 self._end_writer(failure)
         except BaseException as error:
@@ -3068,7 +3153,7 @@ def run_pipeline(
     wal=True                 False for file systems where WAL does not work
     resume=False             True skips what an earlier run has done, known by its task_id or else its name
     retries=0                how often a task that failed is tried again
-    retry_delay=1.0          seconds before the first retry, then twice as long each time, and a little at random
+    retry_delay=1.0          seconds before the first retry, then twice as long each time, up to an hour
     timeout=None             seconds that one attempt may take
     busy_timeout=300.0       seconds to wait for another process's lock on the database
     durable=False            True makes each commit survive a power loss too
@@ -3092,6 +3177,7 @@ def run_pipeline(
             f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task"
         )
     _check_options("run_pipeline", options, _Settings.__dataclass_fields__)
+    _check_function("worker_fn", worker_fn, "task", "context")
     stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify)
     _check_tasks(stage)
     return _run([stage], os.fsdecode(db_path), options)
@@ -3101,6 +3187,22 @@ def _run(stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
     if _Session.current is not None:  # the command line's, whose options win
         return _Session.current.run(stages, path, options)
     return _Run(stages, path, _Settings(**options)).execute()
+
+
+def _check_function(what: str, function: Any, *arguments: str) -> None:
+    """Find out before anything is started that a function can be called so."""
+    from inspect import isasyncgenfunction, isgeneratorfunction, signature
+
+    if isgeneratorfunction(function) or isasyncgenfunction(function):
+        raise UsageTypeError(
+            f"{what} is a generator, whose body would never run; use ctx.progress(), not yield"
+        )
+    try:
+        signature(function).bind(*arguments)
+    except TypeError as error:
+        raise UsageTypeError(f"{what} cannot be called with ({', '.join(arguments)}): {error}") from None
+    except ValueError:  # a builtin that does not tell its parameters
+        return
 
 
 def _is_path(value: object) -> bool:
@@ -3196,30 +3298,42 @@ class Pipeline:
             raise UsageTypeError(f"task({function!r}): expected a function; options are named, as in each=")
         _check_options("a task", options, STAGE_OPTIONS)
         _check_stage_options(options)
-        own = name if isinstance(name, str) else getattr(function, "__name__", "") or type(function).__name__
-        if name is not None and not isinstance(name, str) and not (callable(name) and each is not None):
+        own = (
+            _text(name)
+            if isinstance(name, str)
+            else getattr(function, "__name__", "") or type(function).__name__
+        )
+        if (
+            name is not None
+            and not (isinstance(name, str) and name)
+            and not (callable(name) and each is not None)
+        ):
             raise UsageTypeError(
                 f"name={name!r} of task {own!r}: expected a str, or a function of its each= item"
             )
+        _check_function(f"the function of task {own!r}", function, *["ctx", "item"][: 1 + (each is not None)])
         if own in self._declared:
             raise UsageError(f"two tasks are named {own!r}; give one of them another name, as with name=")
         if each is not None and (_is_path(each) or not (callable(each) or hasattr(each, "__iter__"))):
             raise UsageTypeError(
                 f"each={each!r} of task {own!r}: expected an iterable, or a function that makes one"
             )
-        several = isinstance(after, (list, tuple, set, frozenset))
+        after = list(after) if isinstance(after, (list, tuple, set, frozenset)) else [after]
         self._declared[own] = _Declared(
             own,
             function,
             each,
             name if callable(name) else None,
-            list(after) if several else [after],
+            [_text(what) if isinstance(what, str) else what for what in after],
             options,
         )
         return function
 
     def handles(self, kind: type) -> Callable[[Handler], Handler]:
         """Declare a function(connection, message) as the handler of a message class; a decorator."""
+
+        if not isinstance(kind, type):
+            raise UsageTypeError(f"handles({kind!r}): expected a message class, as in @pipe.handles(Message)")
 
         def declare(handler: Handler) -> Handler:
             self._handlers[kind] = handler
@@ -3235,9 +3349,13 @@ class Pipeline:
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
+        if _Session.importing:
+            raise UsageError(
+                "the pipeline runs when its file is imported; put that under `if __name__ == '__main__':`"
+            )
         if _Session.current is not None:  # `pipeloom run` has called the function that called this
             self.run()
-            sys.exit(0)
+            sys.exit()  # with the code of that session
         sys.exit(_execute(_pipeline_parser(self), argv))
 
     def _stages(self) -> list[_Stage]:
@@ -3307,7 +3425,7 @@ class _Declared:
         name = _identify(item, position)[1]
         if not isinstance(name, str):
             name = str(item)
-            if f"{id(item):x}" in name.lower():  # an address names nothing in later runs
+            if re.search(" at 0x[0-9a-fA-F]{5}", name):  # an address names nothing in later runs
                 name = str(position)
         return None, f"{self.name}[{name}]"
 
@@ -3623,6 +3741,7 @@ def _run_in_session(args: Any, function: Callable[[], object]) -> int:
     given = {name: getattr(args, name) for name in names}
     options = {name: value for name, value in given.items() if value is not None}
     session = _Session(args, options, args.db or None, args.dry_run)
+    value: object = None  # where the function ends by sys.exit()
     with session:
         value = function()
     code = session.report()
@@ -3665,14 +3784,21 @@ def _load_target(target: str) -> Any:
     if place.endswith(".py") and not os.path.isfile(place):
         raise UsageError(f"target {target!r}: there is no file {place!r}; name an existing one")
     try:
+        _Session.importing = True
         found = _import_target(place)
+    except UsageError:
+        raise
     except Exception as error:
         logger.debug("importing %r failed", place, exc_info=True)
         raise UsageError(
             f"target {target!r} cannot be imported: {_describe(error)}; check it, -vv shows where"
         ) from error
+    finally:
+        _Session.importing = False
     pipelines = [value for value in vars(found).values() if isinstance(value, Pipeline)]
-    if not name and not hasattr(found, "main") and len(pipelines) == 1:
+    if not name and getattr(found, "main", main) is main and pipelines:  # which `import *` brings
+        if len(pipelines) > 1:
+            raise UsageError(f"target {target!r} has {len(pipelines)} pipelines; name one, as {place}:name")
         return pipelines[0]
     for part in (name or "main").split("."):
         if not hasattr(found, part):
@@ -3710,6 +3836,7 @@ class _Session:
     """What the command line adds to the runs that a program starts: options that win, and a summary."""
 
     current: _Session | None = None
+    importing = False  # the target is being imported, and should not run yet
 
     def __init__(
         self, args: Any, options: dict[str, Any], db_path: str | None = None, dry_run: bool = False
@@ -3725,9 +3852,10 @@ class _Session:
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
         _Session.current = None
-        if error is not None and not isinstance(error, PipelineError):
-            self.report(ended=False)  # the exception goes on to whoever handles it
-        return isinstance(error, PipelineError)  # the summary says it better
+        if error is None or isinstance(error, PipelineError) or (kind is SystemExit and not error.code):
+            return True  # the summary says it better
+        self.report(ended=isinstance(error, UsageError))  # the exception goes on to whoever handles it
+        return False
 
     def run(self, stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
         """What run_pipeline and Pipeline.run do in this session."""
@@ -3749,7 +3877,8 @@ class _Session:
         for path, result in self.runs:
             _say(_summary(path, result))
         ok = all(result.ok for _, result in self.runs)
-        if any(result.run_id is not None for _, result in self.runs) and not (ok and ended):
+        resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
+        if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
             _say(f"to go on where this ended: {_command_to_resume(self.argv)}")
         return 0 if ok else 1
 
@@ -3761,11 +3890,12 @@ def _command_to_resume(argv: list[str]) -> str:
     program, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
     python = os.path.basename(sys.executable)
     command = [python if which(python) == sys.executable else sys.executable, program]
-    if spec is not None:
+    if spec is not None and spec.name != "__main__":
         command[1:] = ["-m", spec.name]
-    elif not program.endswith(".py"):  # a script that finds its Python by itself
-        del command[0]
-    return join([*command, *argv, *(["--resume"] if "--resume" not in argv else [])])
+    elif os.access(program, os.X_OK) and not program.endswith(".py") and not os.path.isdir(program):
+        del command[0]  # a script that finds its Python by itself
+    at = 1 if argv[:1] in (["run"], ["demo"]) else 0
+    return join([*command, *argv[:at], *(["--resume"] if "--resume" not in argv else []), *argv[at:]])
 
 
 def _names_of(stage: _Stage) -> Iterator[str]:

@@ -307,7 +307,7 @@ def test_an_unusable_database_is_one_clear_error_and_nothing_is_written(tmp_path
         conn.execute("CREATE TABLE task_runs(id, state)")
         conn.commit()
         conn.close()
-        said = "it lacks name, status, progress"
+        said = "it lacks id INTEGER PRIMARY KEY, name, status, progress"
     else:
         path, said = Path("/dev/null"), "is no regular file"
     before = sorted(tmp_path.iterdir()), path.read_bytes() if path.is_file() else b""
@@ -1277,7 +1277,7 @@ def test_with_atomic_false_rows_are_stored_as_they_come(db):
     result = run(["bad", "good"], db, work, schema=USERS, atomic=False, check=False)
     assert (result.done, result.error) == (1, 1)
     counts = dict(rows(db, "SELECT substr(key, 1, 3), count(*) FROM users GROUP BY 1"))
-    assert counts["goo"] == 2_500 and counts["bad"] == 2_000
+    assert counts == {"goo": 2_500, "bad": 2_500}
 
 
 def test_with_atomic_false_a_bad_row_ends_the_task_and_tells_its_worker(db):
@@ -1948,7 +1948,8 @@ def test_a_task_that_waits_for_its_retry_holds_no_worker(db, clock):
 def test_the_delay_before_a_retry_doubles_up_to_an_hour_and_is_a_little_random(db, clock):
     stage = pipeloom._Stage(nothing, [], lambda item, position: (None, None), options={"retry_delay": 2.0})
     this = pipeloom._Run([stage], str(db), pipeloom._Settings(progress="none"))
-    for attempt, low in ((1, 2.0), (2, 4.0), (3, 8.0), (5000, 3600.0)):
+    for attempt, low in ((1, 2.0), (2, 4.0), (3, 8.0), (5000, 3600.0), (1, 7200.0), (2, 7200.0)):
+        stage.retry_delay = max(2.0, low) if low == 7200 else 2.0
         with this._lock:
             this._retry(pipeloom.TaskContext(this, stage, None, 1, "a", attempt), "failed")
         due, _, again, _ = this._later.pop()
@@ -1962,7 +1963,7 @@ def test_a_run_that_stops_cancels_what_waits_for_its_retry(db):
     pipe = pipeloom.Pipeline(db, progress="none", workers=1, fail_fast=True, check=False)
     pipe.task(lambda ctx: work("waits", ctx), name="waits", retries=1, retry_delay=1000)
     pipe.task(lambda ctx: work("fails", ctx), name="fails")
-    pipe.task(nothing, name="never", after="fails")
+    pipe.task(lambda ctx: None, name="never", after="fails")
     result = pipe.run()
     assert (result.error, result.cancelled) == (1, 2)
     reason = "not started: fail_fast, and 'fails' failed"
@@ -1987,10 +1988,10 @@ def test_ctrl_c_cancels_what_waits_for_its_retry(db, clock):
 
     with pytest.raises(KeyboardInterrupt):
         run(["waits", "signals"], db, work, workers=1, retries=1)
-    found = rows(db, "SELECT name, status, message, attempts FROM task_runs ORDER BY id")
+    found = rows(db, "SELECT name, status, message, attempts, started_at > '2' FROM task_runs ORDER BY id")
     assert found == [
-        ("waits", "cancelled", "interrupted; attempt 1 failed: RuntimeError: no", 1),
-        ("signals", "done", "", 1),
+        ("waits", "cancelled", "interrupted; attempt 1 failed: RuntimeError: no", 1, 1),
+        ("signals", "done", "", 1, 1),
     ]
 
 
@@ -2024,6 +2025,119 @@ def test_at_its_deadline_a_task_is_an_error_and_a_fresh_worker_takes_its_place(d
         threading.Event().wait(0.01)
     assert [row[1:] for row in rows(db)] == [("hangs", "error"), ("b", "done"), ("c", "done")]
     assert rows(db, "SELECT x FROM t ORDER BY x") == [("b",), ("c",)]
+
+
+@pytest.mark.parametrize("how", ["finished", "refused"])
+def test_a_task_that_has_ended_and_goes_on_past_its_deadline_holds_no_worker(db, clock, how, caplog):
+    def work(task, ctx):
+        if task == "b":
+            return
+        if how == "finished":
+            ctx.put(MsgTaskFinished(ctx.task_id, "done", "now"))
+        else:
+            ctx.put(MsgExecute("INSERT INTO nowhere VALUES (1)"))
+            while not ctx.closed:
+                threading.Event().wait(0.01)
+        clock.advance(ctx, 61)
+        over.wait(WAIT)
+
+    over = threading.Event()
+    run(["a", "b"], db, work, workers=1, timeout=60, atomic=False, check=False)
+    over.set()
+    assert [row[2] for row in rows(db)] == ["done" if how == "finished" else "error", "done"]
+    assert "task 'a' has ended, but its function goes on: it timed out after 60 s" in caplog.text
+
+
+def test_a_deadline_whose_place_cannot_be_read_is_one_all_the_same(db, clock):
+    class Loader:
+        def get_source(self, name):
+            raise ValueError("no source")
+
+    code = compile("def hang(clock, ctx):\n clock.advance(ctx, 61)\n ctx.sleep(20)", "<made>.py", "exec")
+    made = {"__name__": "made", "__loader__": Loader()}
+    exec(code, made)
+    result = run(
+        ["a", "b"], db, lambda task, ctx: made["hang"](clock, ctx), workers=1, timeout=60, check=False
+    )
+    assert result.error == 2 and "no source" in result.failures[0].traceback
+
+
+def test_a_timer_that_fails_ends_the_run(db, clock, monkeypatch):
+    monkeypatch.setattr(pipeloom._Run, "_time_out", lambda self, ctx: 1 / 0)
+    over = threading.Event()
+
+    def work(task, ctx):
+        clock.advance(ctx, 61)
+        over.wait(WAIT)
+
+    threading.Timer(0.5, over.set).start()
+    with pytest.raises(ZeroDivisionError):
+        run(["a"], db, work, timeout=60)
+
+
+def test_a_coroutine_is_cancelled_at_its_deadline_and_its_place_is_stored(db, clock):
+    import asyncio
+
+    async def inner(ctx):
+        clock.advance(ctx, 61)
+        try:
+            await asyncio.sleep(WAIT)
+        finally:
+            ended.set()
+
+    async def work(task, ctx):
+        await inner(ctx)
+
+    ended = threading.Event()
+    result = run(["a"], db, work, timeout=60, check=False)
+    assert ended.wait(WAIT) and result.failures[0].message == "timed out after 60 s"
+    assert (
+        "await inner(ctx)" in result.failures[0].traceback
+        and "await asyncio.sleep" in result.failures[0].traceback
+    )
+
+
+def test_a_worker_that_is_woken_for_nothing_waits_on(db):
+    stage = pipeloom._Stage(nothing, [], lambda item, position: (None, None))
+    this = pipeloom._Run([stage], str(db), pipeloom._Settings(progress="none", atomic=True))
+    taken = []
+    worker = threading.Thread(target=lambda: taken.append(this._take()))
+    worker.start()
+    for _ in range(3):
+        while not this._idle:
+            threading.Event().wait(0.01)
+        with this._lock:
+            this._work.notify()  # another worker took what this was for
+    worker.join(0.1)
+    assert worker.is_alive() and not taken
+    ctx = pipeloom.TaskContext(this, stage, None, 1, "a")
+    this._hand_out(ctx)
+    worker.join(WAIT)
+    assert taken == [ctx] and not this._idle
+
+
+def test_what_comes_after_the_deadline_of_a_stream_is_told_so(db, clock):
+    def work(task, ctx):
+        def late():
+            for number in range(3_000):
+                if number == 1_500:
+                    clock.advance(ctx, 61)
+                    while not ctx.cancelled:
+                        threading.Event().wait(0.01)
+                yield number, None
+
+        try:
+            ctx.executemany("INSERT INTO users VALUES (?, ?)", late())
+        except BaseException as error:
+            told.append(type(error))
+            raise
+
+    told = []
+    run(["a"], db, work, schema=USERS.replace("NOT NULL", ""), atomic=False, timeout=60, check=False)
+    while not told:
+        threading.Event().wait(0.01)
+    assert told == [pipeloom.TaskCancelled]
+    assert rows(db, "SELECT count(*) FROM users") == [(1_000,)]
 
 
 def test_a_worker_that_was_too_late_is_an_exception_of_the_run(db, clock):
@@ -2065,8 +2179,10 @@ def test_a_task_that_hangs_does_not_hold_the_process_at_its_end(home):
         ({"retry_delay": -1}, "retry_delay=-1: expected a number of seconds from 0"),
         ({"retry_delay": float("nan")}, "retry_delay=nan: expected"),
         ({"timeout": 0}, "timeout=0: expected a number of seconds above 0, or None"),
-        ({"timeout": float("inf")}, "timeout=inf: expected"),
+        ({"timeout": float("nan")}, "timeout=nan: expected"),
         ({"timeout": "60"}, "timeout='60': expected"),
+        ({"timeout": 10**400}, "expected a number of seconds from 0 to 1e9"),
+        ({"retry_delay": 10**400}, "expected a number of seconds from 0 to 1e9"),
     ],
 )
 def test_an_option_of_no_use_is_one_clear_error(db, options, said):
@@ -2203,12 +2319,13 @@ def test_a_graph_that_cannot_be_is_an_error_that_shows_the_names(db, declare, sa
         ({"each": "abc"}, "each='abc' of task 'a': expected an iterable"),
         ({"name": 3}, "name=3 of task '<lambda>': expected a str, or a function of its each= item"),
         ({"name": len}, "expected a str, or a function of its each= item"),
+        ({"name": ""}, "name='' of task '': expected a str"),
         ({"workers": 3}, "a task has no option workers; it has retries, retry_delay, timeout, atomic"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_an_error_at_once(db, options, said):
     with pytest.raises(TypeError, match=re.escape(said)):
-        pipeloom.Pipeline(db).task(lambda ctx: None, **{"name": "a", **options})
+        pipeloom.Pipeline(db).task(lambda *arguments: None, **{"name": "a", **options})
     for call in (
         lambda: pipeloom.Pipeline(3),
         lambda: pipeloom.Pipeline(db, speed=1),
@@ -2230,7 +2347,9 @@ def test_a_single_item_that_never_comes_is_an_error_and_the_rest_is_stored(db):
     pipe.task(lambda ctx, item: None, name="load", each=iter("ab"))
     pipe.task(lambda ctx: None, name="waits", after="load[c]")
     pipe.task(lambda ctx: None, name="so this", after="waits")
-    with pytest.raises(ValueError, match=re.escape("after='load[c]': no task of that name has come")):
+    with pytest.raises(
+        ValueError, match=re.escape("after='load[c]' of task 'waits': no task of that name has come")
+    ):
         pipe.run()
     assert sorted(row[1:] for row in rows(db)) == [
         ("load[a]", "done"), ("load[b]", "done"), ("so this", "cancelled"), ("waits", "cancelled"),
@@ -2238,7 +2357,7 @@ def test_a_single_item_that_never_comes_is_an_error_and_the_rest_is_stored(db):
     reasons = dict(rows(db, "SELECT name, message FROM task_runs WHERE status = 'cancelled'"))
     assert reasons == {
         "waits": "not started: there was no task 'load[c]'",
-        "so this": "not started: 'waits' was not started",
+        "so this": "not started: there was no task 'load[c]'",
     }
 
 
@@ -2248,6 +2367,96 @@ def test_two_items_of_the_same_name_are_an_error(db, kind):
     pipe.task(nothing, name="load", each=kind(["a", "b", "a"]))
     with pytest.raises(ValueError, match=re.escape("two tasks are named 'load[a]'; give each its own")):
         pipe.run()
+
+
+def two_of(first, second):
+    def declare(pipe):
+        for number, (each, name) in enumerate((first, second)):
+            function = (lambda ctx: None) if each is None else lambda ctx, item: None
+            function.__name__ = f"t{number}"
+            pipe.task(function, name=name, each=each)
+
+    return declare
+
+
+@pytest.mark.parametrize(
+    "declare, name",
+    [
+        (two_of((["x"], str), (["x"], lambda x: "x")), "x"),
+        (two_of((iter("x"), str), (lambda: iter("x"), lambda x: "x")), "x"),
+        (two_of((None, "load"), (["load"], str)), "load"),
+        (two_of((None, "t1[a]"), (iter("a"), None)), "t1[a]"),
+    ],
+)
+def test_two_tasks_of_the_same_name_are_an_error_whoever_makes_them(db, declare, name):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    with pytest.raises(ValueError, match=re.escape(f"two tasks are named {name!r}; give each its own")):
+        try:
+            declare(pipe)  # a function that names items has no name of its own to clash
+        finally:
+            pipe.run()
+
+
+def test_a_single_item_that_is_gone_but_was_done_is_no_reason_to_wait(db):
+    for items, new in ((["a", "b"], "one"), (["b", "c"], "two")):
+        pipe = pipeloom.Pipeline(db, progress="none", resume=True)
+        pipe.task(nothing_each, name="load", each=iter(items))
+        pipe.task(lambda ctx: None, name=new, after="load[a]")
+        assert pipe.run().done == (3 if new == "one" else 2)
+
+
+def test_a_row_that_stood_for_tasks_nobody_knew_is_gone_once_they_are_known(db):
+    for fails in (True, False):
+        pipe = pipeloom.Pipeline(db, progress="none", resume=True, check=False)
+        pipe.task(lambda ctx: 1 / (not fails), name="before")
+        pipe.task(nothing_each, name="load", each=iter("ab") if fails else ["a", "b"], after="before")
+        pipe.run()
+    assert sorted(row[1:] for row in rows(db)) == [
+        ("before", "done"),
+        ("load[a]", "done"),
+        ("load[b]", "done"),
+    ]
+
+
+def test_an_each_that_waits_for_the_tasks_of_another_is_no_deadlock(db):
+    def results():
+        for _ in range(300):
+            yield made.get(timeout=WAIT)
+
+    made = queue.Queue()
+    pipe = pipeloom.Pipeline(db, progress="none", workers=2)
+    pipe.task(nothing_each, name="takes", each=results)
+    pipe.task(lambda ctx, n: made.put(n), name="makes", each=range(300))
+    assert pipe.run().done == 600
+
+
+def generates(*arguments):
+    yield 1
+
+
+async def generates_too(*arguments):
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (generates, "is a generator, whose body would never run"),
+        (generates_too, "is a generator, whose body would never run"),
+        (lambda: None, "cannot be called with"),
+        (lambda a, b, c: None, "cannot be called with"),
+    ],
+)
+def test_a_function_that_cannot_be_a_worker_is_an_error_at_once(db, function, said):
+    for call in (
+        lambda: run([1], db, function),
+        lambda: pipeloom.Pipeline(db).task(function),
+        lambda: pipeloom.Pipeline(db).task(function, each=[1]),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()
+    with pytest.raises(TypeError, match="expected a message class, as in @pipe.handles"):
+        pipeloom.Pipeline(db).handles(nothing)
 
 
 def test_what_cannot_start_is_cancelled_with_the_reason_and_so_is_all_that_follows(db):
@@ -2273,7 +2482,7 @@ def test_what_cannot_start_is_cancelled_with_the_reason_and_so_is_all_that_follo
             assert dict(rows(db, "SELECT name, message FROM task_runs WHERE status = 'cancelled'")) == {
                 "load": "not started: 'extract[1]' failed",
                 "known[k]": "not started: 'extract[1]' failed",
-                "report": "not started: 'load' was not started",
+                "report": "not started: 'extract[1]' failed",
             }
     names = {row[1] for row in rows(db) if row[2] == "done"}
     assert result.ok and opened == [1] and {"load[x]", "load[y]", "known[k]", "report", "free"} < names
@@ -2301,6 +2510,8 @@ def test_an_each_that_fails_ends_the_run_with_its_error_and_the_rest_is_stored(d
     pipe.task(lambda ctx: None, name="last", after="<lambda>")
     with pytest.raises((TypeError, ZeroDivisionError)):
         pipe.run()
+    reason = rows(db, "SELECT message FROM task_runs WHERE name = 'last'")[0][0]
+    assert reason.startswith("the run ended: each= of '<lambda>' gave ")
     found = {row[1]: row[2] for row in rows(db)}
     assert found.pop("n1", "done") in ("done", "cancelled") and found == {
         "first": "done",
@@ -2686,6 +2897,87 @@ def test_run_tells_in_one_line_why_a_file_cannot_be_imported(home):
     (home / "bad.py").write_text("def main(:\n")
     done = python("-m", "pipeloom", "run", "bad.py", cwd=home, code=2)
     assert "SyntaxError" in done.stderr and done.stderr.count("\n") == 1
+
+
+PIPELINE = """
+import sys, pipeloom
+pipe = pipeloom.Pipeline("p.db", progress="none", check={check})
+@pipe.task(each=["a", "b"])
+def load(ctx, item):
+    if item == "b" and not sys.flags.optimize and not __import__("os").path.exists("mended"):
+        raise ValueError("bad")
+@pipe.task(after=load)
+def report(ctx): return "r"
+{main}
+if __name__ == "__main__": pipe.main()
+"""
+
+
+@pytest.mark.parametrize("main", ["", "def main(): pipe.main()", "def main(): pipe.run()"])
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "command", ["job.py", "-m pipeloom run job.py", "-m pipeloom run -- job.py", "-m job"]
+)
+def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works(home, main, check, command):
+    import shlex
+
+    (home / "job.py").write_text(PIPELINE.format(main=main, check=check))
+    done = python(*command.split(), cwd=home, code=1)
+    assert "1 done, 1 failed, 1 cancelled" in done.stderr and "load[b]: ValueError: bad" in done.stderr
+    resume = shlex.split(done.stderr.split("to go on where this ended: ")[1])
+    (home / "mended").touch()
+    done = subprocess.run(resume, cwd=str(home), stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert done.returncode == 0 and "2 done, 1 skipped" in done.stderr and "to go on" not in done.stderr
+    assert sorted(row[1:] for row in rows(home / "p.db")) == [
+        ("load[a]", "done"),
+        ("load[b]", "done"),
+        ("report", "done"),
+    ]
+
+
+def test_the_options_of_the_command_line_are_those_of_a_pipeline(home):
+    (home / "job.py").write_text(PIPELINE.format(main="", check=True))
+    done = python("job.py", "--dry-run", cwd=home, code=0)
+    assert done.stdout.split() == ["load[a]", "load[b]", "report"] and not (home / "p.db").exists()
+    python(
+        "-m",
+        "pipeloom",
+        "run",
+        "job.py:pipe",
+        "--retries",
+        "1",
+        "--timeout",
+        "9",
+        "--db",
+        "q.db",
+        cwd=home,
+        code=1,
+    )
+    assert rows(home / "q.db", "SELECT attempts FROM task_runs WHERE name = 'load[b]'") == [(2,)]
+    for arguments, said in (
+        (["job.py", "--retries", "x"], "--retries: 'x': expected a whole number from 0"),
+        (["job.py", "--timeout", "0"], "timeout=0.0: expected a number of seconds above 0"),
+        (
+            ["-m", "pipeloom", "run", "job.py", "--arg", "a=1"],
+            "--arg: job.py is a Pipeline, which takes none",
+        ),
+        (["-m", "pipeloom", "run", "two.py"], "has 2 pipelines; name one, as two.py:name"),
+        (["-m", "pipeloom", "run", "now.py"], "put that under `if __name__ == '__main__':`"),
+    ):
+        (home / "two.py").write_text("from pipeloom import *\na, b = Pipeline('a'), Pipeline('b')")
+        (home / "now.py").write_text("from pipeloom import *\nPipeline('a').main()")
+        done = python(*arguments, cwd=home, code=2)
+        assert said in done.stderr and done.stderr.count("\n") == 1
+    done = python("-m", "pipeloom", "demo", "-n", "2", "--fail", "1", "--db", ":memory:", cwd=home, code=1)
+    assert "to go on" not in done.stderr
+
+
+def test_the_demo_resumes(home):
+    python("-m", "pipeloom", "demo", "-n", "3", "--fail", "1", cwd=home, code=1)
+    assert (
+        "1 done, 2 skipped"
+        in python("-m", "pipeloom", "demo", "-n", "3", "--resume", cwd=home, code=0).stderr
+    )
 
 
 def test_run_tells_failures_by_their_cause(home):
