@@ -1123,7 +1123,7 @@ def test_a_terminal_that_stands_still_keeps_no_signal_from_ending_the_run(home):
         threading.Event().wait(0.3)
         termios.tcflow(sides[0], termios.TCOOFF)
         process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)  # two of the same kind may arrive as one
         try:
             process.wait(WAIT)
         finally:
@@ -1144,7 +1144,7 @@ def test_a_terminal_that_stands_still_keeps_no_signal_from_ending_the_run(home):
         code, _ = on_terminal(["t.py"], ["hangs"], home, act=act)
     finally:
         pty.openpty = opened
-    assert code == -signal.SIGTERM
+    assert code in (-signal.SIGTERM, -signal.SIGHUP)
 
 
 def test_a_closed_stderr_harms_nothing(home):
@@ -2913,10 +2913,16 @@ if __name__ == "__main__": pipe.main()
 """
 
 
-@pytest.mark.parametrize("main", ["", "def main(): pipe.main()", "def main(): pipe.run()"])
-@pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize(
-    "command", ["job.py", "-m pipeloom run job.py", "-m pipeloom run -- job.py", "-m job"]
+    "command, main, check",
+    [
+        ("job.py", "", True),
+        ("job.py", "", False),
+        ("-m job", "", True),
+        ("-m pipeloom run job.py", "", True),
+        ("-m pipeloom run job.py", "def main(): pipe.main()", True),
+        ("-m pipeloom run -- job.py", "def main(): pipe.run()", False),
+    ],
 )
 def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works(home, main, check, command):
     import shlex
