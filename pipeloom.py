@@ -612,7 +612,7 @@ class Channel:
     waits on `_mail`, which put() and close() announce. fail() ends every wait for good.
     """
 
-    def __init__(self, limit: int = 10_000) -> None:
+    def __init__(self, limit: int = 4_000) -> None:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._mail = threading.Condition(self._lock)
@@ -2169,7 +2169,7 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
 FAILURES_KEPT = 100  # in a RunResult
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
-LIVE = 12_000  # tasks that are submitted and not settled; beyond that none is pulled
+LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
 TROUBLES = {ERROR: "failed", CANCELLED: "was cancelled"}
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 
