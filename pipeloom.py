@@ -2,28 +2,35 @@
 
 One file, standard library only, Python 3.8 or newer. A program:
 
-    import pipeloom
+    from pathlib import Path
+    from pipeloom import Pipeline
 
-    def work(path, ctx):                                 # runs on a worker thread
-        with open(path) as file:
-            for number, line in enumerate(ctx.track(file), 1):
-                ctx.execute("INSERT INTO line VALUES (?, ?, ?)", (path, number, line))
+    pipe = Pipeline("lines.db", schema="CREATE TABLE IF NOT EXISTS line(path TEXT, text TEXT)")
 
-    pipeloom.run_pipeline(
-        ["pipeloom.py"], "lines.db", worker_fn=work,
-        schema="CREATE TABLE IF NOT EXISTS line(path TEXT, number INTEGER, text TEXT)")
+    @pipe.task(each=lambda: Path(".").glob("*.py"), retries=2)
+    def load(ctx, path):                                  # a task a file, each on a worker thread
+        with path.open() as file:
+            ctx.executemany("INSERT INTO line VALUES (?, ?)", ((str(path), line) for line in ctx.track(file)))
+
+    @pipe.task(after=load)
+    def count(ctx):                                       # when all that is committed
+        with ctx.connect() as db:
+            return db.execute("SELECT count(*) FROM line").fetchone()[0]
+
+    pipe.main()                                           # run it again with --resume: done is done
 
 Workers send typed messages over a channel; one thread, the writer, owns the only SQLite connection and
 commits what they send; nothing is shown or acted upon before it is committed. What it promises:
  - a task's rows and its `done` are one transaction: rows if and only if done;
- - a dead writer, a full disk, a locked database or a bad message ends the run with one clear error,
-   never with a hang, and a task's failure is nobody else's;
+ - killed anywhere, the same program with resume finishes, and each row is there exactly once;
+ - a dead writer, a full disk, a locked database, a bad message or a task that hangs ends the run in time,
+   with one clear error, and a task's failure is nobody else's;
  - Ctrl-C once: nothing new starts and what runs finishes; twice: leave now. All that finished is stored;
  - memory does not grow with the number of tasks, and the display never harms the run.
 
 Try `python -m pipeloom demo`. To vendor it, copy this file; to update it, copy it again. Python reads it
 in the order in which a task meets it: vocabulary and errors, messages, database, channel, writer,
-progress, task and context, engine, status, demo, command line.
+progress, task and context, engine, pipeline, status, demo, command line.
 
 SPDX-License-Identifier: MIT. Copyright (c) 2026 the pipeloom authors. The whole text:
 
@@ -2301,6 +2308,10 @@ class _Stage:
         self.highest = 0  # of the ids that known tasks have themselves: the others' are above it
 
 
+def _same_name(name: str) -> UsageError:
+    return UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
+
+
 class _Interrupted(KeyboardInterrupt):
     """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
 
@@ -2387,6 +2398,7 @@ class _Run:
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         self._reader: sqlite3.Connection | None = None  # the calling thread's
         self._names: sqlite3.Connection | None = None  # and its list of the names in this run
+        self._recent: set[str] = set()  # those that are not in there yet
         self._signals: list[int] = []
         self._heeded = 0
         self._leave_at: float | None = None
@@ -2562,19 +2574,32 @@ class _Run:
             except StopIteration:
                 return
             given, name = self._named(stage, item, position)
-            if stage.name and not self._is_new(name):
-                raise UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
+            if stage.name:
+                self._check_name(name)
             id, status = self._of_name(name) if given is None else self._of_id(_task_id(given), name)
             yield item, id, name, status
 
-    def _is_new(self, name: str) -> bool:
-        """Whether no other task of this run has the name. There may be millions, which no set should hold."""
+    def _check_name(self, name: str) -> None:
+        """No two tasks of a pipeline have the same name: of the last thousand at once, of all in a while."""
+        if name in self._recent:
+            raise _same_name(name)
+        self._recent.add(name)
+        if len(self._recent) == VARIABLES:
+            self._compare_names()
+
+    def _compare_names(self) -> None:
+        """Compare the recent names with all before them. There may be millions, which no set should hold."""
+        names, self._recent = sorted(self._recent), set()
         if self._names is None:
             self._names = sqlite3.connect("", isolation_level=None)  # on disk, once it is large
             self._names.execute("PRAGMA journal_mode=OFF")
             self._names.execute("CREATE TABLE names(name TEXT PRIMARY KEY) WITHOUT ROWID")
-            self._names.execute("BEGIN")
-        return self._names.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount == 1
+        marks = ", ".join("?" * len(names))
+        known = self._names.execute(f"SELECT name FROM names WHERE name IN ({marks})", names).fetchall()
+        if known:
+            raise _same_name(known[0][0])
+        if names:
+            self._names.execute(f"INSERT INTO names VALUES {marks.replace('?', '(?)')}", names)
 
     def _interruptibly(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call what is the user's code: a signal may end it."""
@@ -2737,6 +2762,7 @@ class _Run:
 
     def _exhaust(self, stage: _Stage) -> None:
         self._sources.remove(stage)
+        self._compare_names()  # before what comes after it may start
         if stage.registered is None:
             self._unknown -= 1
             self._known += stage.submitted

@@ -1663,6 +1663,53 @@ def test_a_second_run_on_the_same_database_is_refused_and_names_the_first(home):
     run(["second"], home / "wal_demo.db", nothing)
 
 
+@needs_posix
+def test_the_lock_of_a_run_ends_with_its_process_and_no_forked_child_has_it(home):
+    program = """if 1:
+        import os, signal, time, pipeloom
+        def work(task, ctx):
+            if os.fork() == 0:
+                os.dup2(os.open("/dev/null", os.O_RDWR), 1)
+                time.sleep(60)
+                os._exit(0)
+            print("ready", flush=True)
+            time.sleep(60)
+        pipeloom.run_pipeline(["t"], "f.db", worker_fn=work, progress="none")"""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=str(home),
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.raises(pipeloom.RunInProgress, match=f"is held by process {process.pid}"):
+            run(["next"], home / "f.db", nothing)
+        process.kill()
+        process.wait(WAIT)
+        run(["next"], home / "f.db", nothing)  # while the child lives on
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+    assert [row[1:] for row in rows(home / "f.db")] == [("t", "cancelled"), ("next", "done")]
+
+
+def test_a_foreign_writer_is_waited_for_and_is_no_run(db):
+    run(["a"], db, nothing)
+    conn = sqlite3.connect(str(db), isolation_level=None)
+    conn.execute("CREATE TABLE own(x)")
+    run(["b"], db, lambda task, ctx: conn_in(db, "INSERT INTO own VALUES (1)"))
+    assert conn.execute("SELECT count(*) FROM own").fetchone() == (1,)
+    conn.close()
+
+
+def conn_in(path, sql):
+    conn = sqlite3.connect(str(path))
+    conn.execute(sql)
+    conn.commit()
+    conn.close()
+
+
 def test_an_empty_run_is_done(db):
     assert run([], db, nothing).ok
     assert run(iter(()), db, nothing).ok
@@ -2395,6 +2442,15 @@ def test_two_tasks_of_the_same_name_are_an_error_whoever_makes_them(db, declare,
             declare(pipe)  # a function that names items has no name of its own to clash
         finally:
             pipe.run()
+
+
+def test_two_names_far_apart_are_found_before_what_comes_after_them_starts(db):
+    pipe = pipeloom.Pipeline(db, progress="none")
+    pipe.task(nothing_each, name="load", each=(n % 2500 for n in range(2501)))
+    pipe.task(lambda ctx: None, name="last", after="load")
+    with pytest.raises(ValueError, match=re.escape("two tasks are named 'load[0]'")):
+        pipe.run()
+    assert rows(db, "SELECT status FROM task_runs WHERE name = 'last'") == [("cancelled",)]
 
 
 def test_a_single_item_that_is_gone_but_was_done_is_no_reason_to_wait(db):
