@@ -93,8 +93,9 @@ __version__ = "1.0.0"
 __all__ = [
     "SENTINEL", "DatabaseError", "DemoTask", "Failure", "MessageRefused", "Msg", "MsgExecute",
     "MsgTaskFinish", "MsgTaskFinished", "MsgTaskProgress", "MsgTaskStart", "MsgTaskStarted",
-    "Pipeline", "PipelineError", "PipeloomError", "Progress", "RunInProgress", "RunResult", "SQLiteWriter", "Task",
-    "TaskCancelled", "TaskContext", "TaskDef", "UsageError", "UsageTypeError", "WriterFailed",
+    "Pipeline", "PipelineError", "PipeloomError", "Progress", "RunInProgress", "RunResult",
+    "SQLiteWriter", "Task", "TaskCancelled", "TaskContext", "TaskDef", "UsageError", "UsageTypeError",
+    "WriterFailed",
     "__version__", "connect", "console", "demo_worker", "init_schema", "logger", "main",
     "make_overall_progress", "make_task_progress", "preregister_task_bars", "run_pipeline",
     "setup_logging", "wal_checkpoint",
@@ -852,9 +853,12 @@ class SQLiteWriter(threading.Thread):
             _MsgOpened: self._on_opened,
             _MsgRunEnded: self._on_run_ended,
         }
-        if not isinstance(handlers or {}, Mapping):
+        self._add_handlers(handlers or {})
+
+    def _add_handlers(self, handlers: Mapping[type, Handler]) -> None:
+        if not isinstance(handlers, Mapping):
             raise UsageTypeError(f"handlers={handlers!r}: expected a mapping of message classes to functions")
-        for kind, handler in (handlers or {}).items():
+        for kind, handler in handlers.items():
             self._add_handler(kind, handler)
 
     def _add_handler(self, kind: type, handler: Handler) -> None:
@@ -3320,39 +3324,12 @@ class Pipeline:
         """
         if function is None:
             return lambda function: self.task(function, each=each, name=name, after=after, **options)
-        if not callable(function):
-            raise UsageTypeError(f"task({function!r}): expected a function; options are named, as in each=")
-        _check_options("a task", options, STAGE_OPTIONS)
-        _check_stage_options(options)
-        own = (
-            _text(name)
-            if isinstance(name, str)
-            else getattr(function, "__name__", "") or type(function).__name__
-        )
-        if (
-            name is not None
-            and not (isinstance(name, str) and name)
-            and not (callable(name) and each is not None)
-        ):
-            raise UsageTypeError(
-                f"name={name!r} of task {own!r}: expected a str, or a function of its each= item"
+        declared = _declare(function, each, name, after, options)
+        if declared.name in self._declared:
+            raise UsageError(
+                f"two tasks are named {declared.name!r}; give one of them another name, as with name="
             )
-        _check_function(f"the function of task {own!r}", function, *["ctx", "item"][: 1 + (each is not None)])
-        if own in self._declared:
-            raise UsageError(f"two tasks are named {own!r}; give one of them another name, as with name=")
-        if each is not None and (_is_path(each) or not (callable(each) or hasattr(each, "__iter__"))):
-            raise UsageTypeError(
-                f"each={each!r} of task {own!r}: expected an iterable, or a function that makes one"
-            )
-        after = list(after) if isinstance(after, (list, tuple, set, frozenset)) else [after]
-        self._declared[own] = _Declared(
-            own,
-            function,
-            each,
-            name if callable(name) else None,
-            [_text(what) if isinstance(what, str) else what for what in after],
-            options,
-        )
+        self._declared[declared.name] = declared
         return function
 
     def handles(self, kind: type) -> Callable[[Handler], Handler]:
@@ -3454,6 +3431,28 @@ class _Declared:
             if re.search(" at 0x[0-9a-fA-F]{5}", name):  # an address names nothing in later runs
                 name = str(position)
         return None, f"{self.name}[{name}]"
+
+
+def _declare(function: Any, each: Any, name: Any, after: Any, options: dict[str, Any]) -> _Declared:
+    """Check what @pipe.task was given, before anything is started."""
+    if not callable(function):
+        raise UsageTypeError(f"task({function!r}): expected a function; options are named, as in each=")
+    own = name if isinstance(name, str) else getattr(function, "__name__", type(function).__name__)
+    if not (name is None or (isinstance(name, str) and name) or (callable(name) and each is not None)):
+        raise UsageTypeError(
+            f"name={name!r} of task {own!r}: expected a str, or a function of its each= item"
+        )
+    if each is not None and (_is_path(each) or not (callable(each) or hasattr(each, "__iter__"))):
+        raise UsageTypeError(
+            f"each={each!r} of task {own!r}: expected an iterable, or a function that makes one"
+        )
+    _check_function(f"the function of task {own!r}", function, *["ctx", "item"][: 1 + (each is not None)])
+    _check_options("a task", options, STAGE_OPTIONS)
+    _check_stage_options(options)
+    naming = name if callable(name) else None
+    several = after if isinstance(after, (list, tuple, set, frozenset)) else [after]
+    upstreams = [_text(what) if isinstance(what, str) else what for what in several]
+    return _Declared(_text(own), function, each, naming, upstreams, options)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -2236,7 +2236,7 @@ def test_an_option_of_no_use_is_one_clear_error(db, options, said):
     for call in (
         lambda: run([1], db, nothing, **options),
         lambda: pipeloom.Pipeline(db, **options),
-        lambda: pipeloom.Pipeline(db).task(nothing, **options),
+        lambda: pipeloom.Pipeline(db).task(lambda ctx: None, **options),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             call()
