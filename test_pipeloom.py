@@ -2035,10 +2035,13 @@ def test_ctrl_c_cancels_what_waits_for_its_retry(db, clock):
 
     with pytest.raises(KeyboardInterrupt):
         run(["waits", "signals"], db, work, workers=1, retries=1)
-    found = rows(db, "SELECT name, status, message, attempts, started_at > '2' FROM task_runs ORDER BY id")
+    found = rows(
+        db,
+        "SELECT name, status, message, attempts, started_at > '2', traceback > '' FROM task_runs ORDER BY id",
+    )
     assert found == [
-        ("waits", "cancelled", "interrupted; attempt 1 failed: RuntimeError: no", 1, 1),
-        ("signals", "done", "", 1, 1),
+        ("waits", "cancelled", "interrupted; attempt 1 failed: RuntimeError: no", 1, 1, 1),
+        ("signals", "done", "", 1, 1, None),
     ]
 
 
