@@ -792,7 +792,7 @@ def end(process):
 @pytest.mark.parametrize("wal", [True, False])
 def test_a_foreign_lock_is_waited_out_with_a_warning(db, caplog, wal):
     run(["a"], db, nothing, wal=wal)
-    process = hold(db, 1.2)
+    process = hold(db, 0.9)
     try:
         run(["b", "c"], db, nothing, wal=wal)
     finally:
@@ -1511,8 +1511,8 @@ def test_memory_does_not_grow_with_the_number_of_tasks(home):
         pipeloom.run_pipeline((n for n in range(int(sys.argv[1]))), "m.db", worker_fn=lambda t, q: None, progress="none", workers=4)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
     few = int(python("-c", program, "1000", cwd=home, code=0).stdout)
-    many = int(python("-c", program, "60000", cwd=home, code=0).stdout)
-    assert rows(home / "m.db", "SELECT count(*) FROM task_runs WHERE status = 'done'") == [(60_000,)]
+    many = int(python("-c", program, "40000", cwd=home, code=0).stdout)
+    assert rows(home / "m.db", "SELECT count(*) FROM task_runs WHERE status = 'done'") == [(40_000,)]
     assert many < few + 10 * 1024  # KiB
 
 
@@ -1780,7 +1780,7 @@ def work(task, ctx):
         print("ready", flush=True)
     if sys.argv[1] == "hangs":
         time.sleep(60)
-    ctx.sleep(0.6)
+    ctx.sleep(0.4)
 try:
     pipeloom.run_pipeline(tasks(), "s.db", workers=2, worker_fn=work, schema="CREATE TABLE t(x)", progress="none")
 finally:
@@ -2896,9 +2896,9 @@ def test_the_demo_works_at_once_in_an_empty_directory(home, how):
             file.writestr("__main__.py", "import sys, pipeloom; sys.exit(pipeloom.main())")
         (home / "pipeloom.py").unlink()
         start = ["app.zip"]
-    done = python(*start, "demo", "--fail", "3", "-n", "8", cwd=home, code=1)
-    assert "5 done, 3 failed" in done.stderr and "RuntimeError: this task was asked to fail" in done.stderr
-    assert sorted(row[2] for row in rows(home / "wal_demo.db")) == ["done"] * 5 + ["error"] * 3
+    done = python(*start, "demo", "--fail", "2", "-n", "4", cwd=home, code=1)
+    assert "2 done, 2 failed" in done.stderr and "RuntimeError: this task was asked to fail" in done.stderr
+    assert sorted(row[2] for row in rows(home / "wal_demo.db")) == ["done"] * 2 + ["error"] * 2
 
 
 def test_the_line_that_the_world_knows_works(home):
@@ -2960,7 +2960,7 @@ def test_run_tells_in_one_line_why_a_file_cannot_be_imported(home):
 
 PIPELINE = """
 import sys, pipeloom
-pipe = pipeloom.Pipeline("p.db", progress="none", check={check})
+pipe = pipeloom.Pipeline("p.db", progress="none", check={check}, retry_delay=0.01)
 @pipe.task(each=["a", "b"])
 def load(ctx, item):
     if item == "b" and not sys.flags.optimize and not __import__("os").path.exists("mended"):
