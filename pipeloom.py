@@ -1039,7 +1039,7 @@ class SQLiteWriter(threading.Thread):
                 waited = time.monotonic() - began
                 patience = self.busy_timeout if _is_lock(error) else min(DISK_PATIENCE, self.busy_timeout)
                 if waited >= patience or self.hurried:
-                    raise self._out_of_patience(error, waited) from error
+                    raise self.out_of_patience(error, waited) from error
                 if not warned and waited > 0.5:
                     warned = True
                     logger.warning(
@@ -1047,7 +1047,7 @@ class SQLiteWriter(threading.Thread):
                     )
             time.sleep(0.05)
 
-    def _out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
+    def out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
         cure = (
             "end the program that holds it, or pass a longer busy_timeout="
             if _is_lock(error)
@@ -2359,7 +2359,7 @@ class _Run:
     The calling thread pulls tasks and waits; workers take them from `_ready`; the writer calls settle(); a
     timer starts what waits for a retry and ends what is beyond its deadline. `_lock` guards the counts, the
     stages' ends, `_later`, `_timed` and the three conditions: workers wait on `_work` for a task (announced
-    by _submit and _dismiss), the calling thread on `_wake` for room or settled tasks (announced by _take
+    by _hand_out and _dismiss), the calling thread on `_wake` for room or settled tasks (announced by _take
     and settle; it polls besides, for signals), the timer on `_time` for the next moment (announced by
     whoever brings that forward, and by _dismiss). `_ready` is a deque, whose ends are safe without a lock,
     and of `_live` only single operations are used. The channel's lock may be taken inside `_lock`.
@@ -2594,16 +2594,20 @@ class _Run:
     def _compare_names(self) -> None:
         """Compare the recent names with all before them. There may be millions, which no set should hold."""
         names, self._recent = sorted(self._recent), set()
-        if self._names is None:
-            self._names = sqlite3.connect("", isolation_level=None)  # on disk, once it is large
-            self._names.execute("PRAGMA journal_mode=OFF")
-            self._names.execute("CREATE TABLE names(name TEXT PRIMARY KEY) WITHOUT ROWID")
         marks = ", ".join("?" * len(names))
-        known = self._names.execute(f"SELECT name FROM names WHERE name IN ({marks})", names).fetchall()
+        try:
+            if self._names is None:
+                self._names = sqlite3.connect("", isolation_level=None)  # on disk, once it is large
+                self._names.execute("PRAGMA journal_mode=OFF")
+                self._names.execute("CREATE TABLE names(name TEXT PRIMARY KEY) WITHOUT ROWID")
+            known = self._names.execute(f"SELECT name FROM names WHERE name IN ({marks})", names).fetchall()
+            if names and not known:
+                self._names.execute(f"INSERT INTO names VALUES {marks.replace('?', '(?)')}", names)
+        except sqlite3.OperationalError as error:  # a full temporary directory is no reason to stop
+            logger.debug("some names of tasks are not compared: %s", error)
+            return
         if known:
             raise _same_name(known[0][0])
-        if names:
-            self._names.execute(f"INSERT INTO names VALUES {marks.replace('?', '(?)')}", names)
 
     def _interruptibly(self, call: Callable[..., Any], *args: Any) -> Any:
         """Call what is the user's code: a signal may end it."""
@@ -2658,13 +2662,17 @@ class _Run:
             return []
         if self._reader is None:
             self._reader = _connect_readonly(self.writer.db_path, timeout=POLL)
-        until = time.monotonic() + self.settings.busy_timeout
+        began = time.monotonic()
         while True:
             try:
                 return self._reader.execute(sql, parameters).fetchall()
-            except sqlite3.OperationalError as error:
-                if not _is_lock(error) or self._signals or time.monotonic() > until:
-                    raise
+            except sqlite3.DatabaseError as error:
+                waited = time.monotonic() - began
+                if not _is_lock(error):
+                    cure = "restore it or use another file"
+                    raise DatabaseError(self.writer.db_path, f"cannot be read: {error}", cure) from error
+                if self._signals or waited > self.settings.busy_timeout:
+                    raise self.writer.out_of_patience(error, waited) from error
 
     # Pulling
 
