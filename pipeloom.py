@@ -2948,7 +2948,8 @@ class _Run:
 
     def _fail(self, ctx: TaskContext, error: BaseException) -> None:
         if ctx.closed:
-            logger.warning("task %r raised after its finish, which counts: %s", ctx.name, _describe(error))
+            level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
+            logger.log(level, "task %r raised after its finish, which counts: %s", ctx.name, _describe(error))
             return
         ctx.record(error)
         ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, _text(_describe(error))))
