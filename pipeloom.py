@@ -2340,14 +2340,14 @@ def _stack_of(ctx: TaskContext) -> str:
     """Where a task's thread, or its coroutine, is just now."""
     from traceback import format_stack
 
+    frames: list[str] = []
+    awaited, ident = ctx.coroutine, ctx.thread.ident if ctx.thread else None
     try:
-        awaited, frames = ctx.coroutine, []
-        while awaited is not None:
-            frames += (
-                format_stack(getattr(awaited, "cr_frame", None), 1) if hasattr(awaited, "cr_frame") else []
-            )
+        while awaited is not None and not getattr(awaited, "cr_running", False):
+            frame = getattr(awaited, "cr_frame", None)
+            frames += format_stack(frame, 1) if frame else []
             awaited = getattr(awaited, "cr_await", None)
-        frames = frames or format_stack(sys._current_frames()[ctx.thread.ident])  # type: ignore[union-attr,index]
+        frames = frames or format_stack(sys._current_frames()[ident or 0])
     except Exception as error:  # its source cannot be read, or the thread has just ended
         frames = [_describe(error)]
     return _text("its thread was here:\n" + "".join(frames))

@@ -2067,9 +2067,7 @@ def test_at_its_deadline_a_task_is_an_error_and_a_fresh_worker_takes_its_place(d
         ["hangs", "b", "c"], db, work, workers=1, timeout=60, check=False, schema="CREATE TABLE t(x)"
     )
     assert (result.done, result.error) == (2, 1)
-    assert (
-        result.failures[0].message == "timed out after 60 s" and "over.wait" in result.failures[0].traceback
-    )
+    assert result.failures[0].message == "timed out after 60 s" and "in work" in result.failures[0].traceback
     over.set()
     while not told:
         threading.Event().wait(0.01)
@@ -2129,7 +2127,7 @@ def test_a_coroutine_is_cancelled_at_its_deadline_and_its_place_is_stored(db, cl
     import asyncio
 
     async def inner(ctx):
-        clock.advance(ctx, 61)
+        asyncio.get_running_loop().call_later(0.01, clock.advance, ctx, 61)  # while it waits below
         try:
             await asyncio.sleep(WAIT)
         finally:
@@ -2145,6 +2143,15 @@ def test_a_coroutine_is_cancelled_at_its_deadline_and_its_place_is_stored(db, cl
         "await inner(ctx)" in result.failures[0].traceback
         and "await asyncio.sleep" in result.failures[0].traceback
     )
+
+
+def test_a_coroutine_that_blocks_its_thread_is_shown_where_it_does(db, clock):
+    async def work(task, ctx):
+        clock.advance(ctx, 61)
+        ctx.sleep(WAIT)  # in another frame than the coroutine's
+
+    result = run(["a"], db, work, timeout=60, check=False)
+    assert "in work" in result.failures[0].traceback and "run_until_complete" in result.failures[0].traceback
 
 
 def test_a_worker_that_is_woken_for_nothing_waits_on(db):
