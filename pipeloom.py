@@ -2830,8 +2830,12 @@ class _Run:
         stages = {stage.name: stage for stage in self._stages}
         doomed = any(stage.doomed for stage in self._stages)
         missing = None
-        for name, waiting in sorted(self._waiters.items()):
-            maker = stages.get(name.partition("[")[0])
+        makers = {name: stages.get(name.partition("[")[0]) for name in sorted(self._waiters)}
+        ended = [name for name, maker in makers.items() if maker is not None and not maker.waits]
+        for name in ended or makers:  # what waits for these may make the others', or be why they never come
+            waiting, maker = self._waiters.get(name), makers[name]
+            if not waiting:
+                continue
             if self.settings.resume and DONE in [
                 row[1] for row in self._read(FIND_NAME, (name, -(2**63), self._old))
             ]:

@@ -2454,6 +2454,18 @@ def test_two_tasks_of_the_same_name_are_an_error_whoever_makes_them(db, declare,
             pipe.run()
 
 
+def test_single_items_behind_a_failure_are_cancelled_with_its_reason(db):
+    pipe = pipeloom.Pipeline(db, progress="none", check=False)
+    pipe.task(lambda ctx: 1 / 0, name="fails")
+    pipe.task(nothing_each, name="a", each=iter("x"), after="fails")
+    pipe.task(lambda ctx: None, name="b", after="a[x]")
+    pipe.task(nothing_each, name="c", each=["x"], after="b")
+    pipe.task(lambda ctx: None, name="d", after="c[x]")
+    assert (pipe.run().cancelled, pipe.run().error) == (4, 1)
+    reasons = set(rows(db, "SELECT message FROM task_runs WHERE status = 'cancelled' AND name < 'd'"))
+    assert reasons == {("not started: 'fails' failed",)}
+
+
 def test_two_names_far_apart_are_found_before_what_comes_after_them_starts(db):
     pipe = pipeloom.Pipeline(db, progress="none")
     pipe.task(nothing_each, name="load", each=(n % 2500 for n in range(2501)))
