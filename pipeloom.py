@@ -1539,25 +1539,28 @@ class _Screen:
         self._thread = threading.Thread(target=self._run, name="pipeloom-display", daemon=True)
         self._stand_ins: list[_Above] = []
         self._is_open = False
+        self._draws = False  # else whoever has lines writes them himself; guarded by the lock
 
     def open(self) -> None:
         self._is_open = self.terminal.acquire(blocking=False)
         if not self._is_open:
             return
-        for name in ("stdout", "stderr"):
-            if _is_terminal(getattr(sys, name)):
-                self._stand_ins.append(_Above(name, self))
-        self._thread.start()
+        self._draws = True
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no thread left
+            self._is_open = self._draws = False
+            self.terminal.release()
 
     def close(self, keep: bool) -> None:
         """Draw a last time, with the block or without it; a terminal that blocks (Ctrl-S) is left behind."""
         if not self._is_open:
             return
-        for stand_in in self._stand_ins:
-            stand_in.leave()
         self._keep = keep
         self._over.set()
         self._thread.join(2)
+        for stand_in in self._stand_ins:
+            stand_in.leave()
         self.terminal.release()
 
     def above(self, stream: Any, text: str) -> None:
@@ -1567,11 +1570,15 @@ class _Screen:
             time.sleep(FRAME)
         with self._lock:
             self._backlog.append((stream, text))
-        if not self._thread.is_alive():
+            draws = self._draws
+        if not draws:
             self._write_backlog()
 
     def _run(self) -> None:
         try:
+            for name in ("stdout", "stderr"):
+                if _is_terminal(getattr(sys, name)):
+                    self._stand_ins.append(_Above(name, self))
             while not self._over.wait(FRAME if self._drawn else 0):
                 self._draw()
             self._draw()
@@ -1580,6 +1587,8 @@ class _Screen:
         finally:
             for stand_in in self._stand_ins:
                 stand_in.leave()
+            with self._lock:
+                self._draws = False
             self._write_backlog()
 
     def _draw(self) -> None:
@@ -1635,8 +1644,9 @@ class _Above:
         for handler in self._handlers:
             if handler.stream is self:
                 handler.setStream(self._stream)
-        while self._halves:
-            self._screen.above(self._stream, self._halves.popitem()[1] + "\n")
+        halves, self._halves = self._halves, {}
+        for half in halves.values():
+            self._screen.above(self._stream, half + "\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
