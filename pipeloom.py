@@ -2187,7 +2187,7 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
 
 # ---- Engine: one run; every wait in it has somebody who ends it ----------------------------------------
 
-FAILURES_KEPT = 100  # in a RunResult
+FAILURES_KEPT = 100  # in a RunResult, and as many causes
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
@@ -2197,16 +2197,20 @@ LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that failed: its name, the message, the traceback if there was one."""
+    """A task that failed: its name, the message, the traceback if there was one, and what groups it."""
 
     task: str
     message: str
     traceback: str | None = None
+    cause: str = ""  #: the type of the exception and the user's innermost line, or else the message
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. The counts are of tasks; `failures` holds the first hundred."""
+    """How a run ended. The counts are of tasks.
+
+    `causes` says how many failed of each cause; `failures` holds the first hundred, and one of each cause.
+    """
 
     run_id: int | None
     done: int
@@ -2215,6 +2219,7 @@ class RunResult:
     skipped: int
     elapsed: float
     failures: list[Failure] = field(default_factory=list)
+    causes: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -2363,6 +2368,21 @@ def _stack_of(ctx: TaskContext) -> str:
     return _text("its thread was here:\n" + "".join(frames))
 
 
+def _cause(error: BaseException | None, message: str) -> str:
+    """What failures of one cause have in common: the type, and the innermost line that is the user's."""
+    lines: list[str] = []
+    step = error.__traceback__ if error is not None else None
+    while step is not None:
+        path, function = step.tb_frame.f_code.co_filename, step.tb_frame.f_code.co_name
+        if path != __file__ and not path.startswith(_LIBRARY) and "-packages" + os.sep not in path:
+            lines.append(f"{os.path.basename(path)}:{step.tb_lineno}, in {function}")
+        step = step.tb_next
+    return f"{type(error).__name__} at {lines[-1]}" if lines else message
+
+
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
+
+
 class _Run:
     """One run, from the first task to the last commit.
 
@@ -2385,6 +2405,7 @@ class _Run:
         self.stopping: str | None = None  # why nothing new starts
         self.began = time.monotonic()
         self.failures: list[Failure] = []
+        self.causes: dict[str, int] = {}
         self.first_error: BaseException | None = None
         self.unreported = 0  # failures that the workers did not report themselves
         self._stages = stages
@@ -3055,8 +3076,12 @@ class _Run:
         self._time.notify()
 
     def _note_failure(self, ctx: TaskContext, message: str) -> None:
-        if len(self.failures) < FAILURES_KEPT:
-            self.failures.append(Failure(ctx.name, message, ctx.traceback))
+        cause = _cause(ctx.error, message)
+        if cause not in self.causes and len(self.causes) >= FAILURES_KEPT:
+            cause = "other causes"
+        if len(self.failures) < FAILURES_KEPT or cause not in self.causes:
+            self.failures.append(Failure(ctx.name, message, ctx.traceback, cause))
+        self.causes[cause] = self.causes.get(cause, 0) + 1
         if ctx.error is not None:
             self.unreported += 1
             self.first_error = self.first_error or ctx.error
@@ -3126,7 +3151,8 @@ class _Run:
     def result(self) -> RunResult:
         elapsed = time.monotonic() - self.began
         done, error, cancelled, skipped = self._counts.values()
-        return RunResult(self.writer.run_id, done, error, cancelled, skipped, elapsed, list(self.failures))
+        failures, causes = list(self.failures), dict(self.causes)
+        return RunResult(self.writer.run_id, done, error, cancelled, skipped, elapsed, failures, causes)
 
     # Signals. The handler only sets attributes; the calling thread polls them.
 
@@ -3612,7 +3638,7 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    terminated = _take_terminations()
+    terminated, stop_stacks = _take_terminations(), _print_stacks_on_request()
     try:
         _setup_logging_of(args)
         code: int = args.command(args)
@@ -3623,6 +3649,7 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
+        stop_stacks()
         for number in terminated:
             signal.signal(number, signal.SIG_DFL)
 
@@ -3670,6 +3697,35 @@ def _take_terminations() -> list[int]:
 
 def _exit_by_signal(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
+
+
+def _print_stacks_on_request() -> Callable[[], None]:
+    """Let `kill -USR1 PID` print every thread's stack, above the bars; returns what ends that.
+
+    The dump is made in C, whatever the main thread does; it comes through a pipe, for a thread to print.
+    """
+    import faulthandler
+
+    number = getattr(signal, "SIGUSR1", None)
+    if number is None or signal.getsignal(number) != signal.SIG_DFL:  # Windows; a program that uses it
+        return lambda: None
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)  # who dumps may hold the GIL: what is more than a pipe holds is cut
+
+    def show() -> None:
+        with open(source, encoding="utf-8", errors="replace") as dump:
+            for line in dump:
+                _say(line.rstrip("\n"))
+
+    def stop() -> None:
+        faulthandler.unregister(number)
+        os.close(sink)  # which ends the thread, unless a forked child has the pipe, too
+        thread.join(POLL)
+
+    thread = threading.Thread(target=show, name="pipeloom-stacks", daemon=True)
+    thread.start()
+    faulthandler.register(number, sink)
+    return stop
 
 
 def _new_parser(prog: str, description: str) -> Any:
@@ -3739,6 +3795,9 @@ def _add_run_options(parser: Any) -> None:
     parser.add_argument(
         "--fail-fast", action="store_true", default=None, help="stop starting at the first failure"
     )
+    parser.add_argument(
+        "--durable", action="store_true", default=None, help="let each commit survive a power loss too"
+    )
     parser.add_argument("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
     parser.add_argument("--dry-run", action="store_true", help="print the names of the tasks and run none")
     _add_common_options(parser)
@@ -3785,7 +3844,7 @@ def _cmd_run(args: Any) -> int:
 
 
 def _run_in_session(args: Any, function: Callable[[], object]) -> int:
-    names = ("workers", "resume", "retries", "timeout", "fail_fast", "progress")
+    names = ("workers", "resume", "retries", "timeout", "fail_fast", "durable", "progress")
     given = {name: getattr(args, name) for name in names}
     options = {name: value for name, value in given.items() if value is not None}
     session = _Session(args, options, args.db or None, args.dry_run)
@@ -3965,12 +4024,16 @@ def _summary(path: str, result: RunResult) -> str:
     ]
     parts = [f"{n:,} {word}" for n, word in counts if n or word == DONE]
     lines = [f"{', '.join(parts)} in {result.elapsed:.1f} s; database {path}"]
-    causes: dict[str, list[str]] = {}
-    for failure in result.failures:
-        causes.setdefault(failure.message, []).append(failure.task)
-    for cause, tasks in sorted(causes.items(), key=lambda item: -len(item[1]))[:10]:
-        more = f" and {len(tasks) - 1:,} more" if len(tasks) > 1 else ""
-        lines.append(f"  {_fit(tasks[0], NAME_WIDTH).rstrip()}{more}: {_fit(cause, 200).rstrip()}")
+    if result.error:
+        plural = "s" if len(result.causes) != 1 else ""
+        lines.append(f"{result.error:,} failed, {len(result.causes):,} cause{plural}:")
+    first = {failure.cause: failure for failure in reversed(result.failures)}
+    for cause, number in sorted(result.causes.items(), key=lambda item: -item[1])[:10]:
+        failure = first[cause]
+        name, message = _fit(failure.task, NAME_WIDTH).rstrip(), _fit(failure.message, 200).rstrip()
+        more = f" and {number - 1:,} more" if number > 1 else ""
+        where = f" ({cause.partition(' at ')[2]})" if cause != failure.message else ""
+        lines.append(f"  {name}{more}: {message}{where}")
     return "\n".join(lines)
 
 

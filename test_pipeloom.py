@@ -1450,6 +1450,31 @@ def test_all_failures_are_counted_and_the_first_hundred_kept(db):
     assert result.error == 300 and len(result.failures) == 100 and not result.ok and result.total == 300
 
 
+def test_failures_have_one_cause_if_their_type_and_the_users_innermost_line_are_the_same(db):
+    def work(task, q):
+        if task < 150:
+            json.loads(f"{{{task}")  # the innermost lines are the library's
+        elif task < 200:
+            q.execute("INSERT INTO users VALUES ('a', NULL)")
+        elif task < 210:
+            q.put(MsgTaskFinished(q.task_id, "error", "", message="no file"))
+        else:
+            raise type("Own", (Exception,), {"__str__": lambda _: 1 / 0})
+
+    result = run(range(220), db, work, check=False, schema=USERS)
+    line = work.__code__.co_firstlineno
+    assert result.causes == {
+        f"JSONDecodeError at test_pipeloom.py:{line + 2}, in work": 150,
+        "IntegrityError: NOT NULL constraint failed: users.name": 50,
+        "no file": 10,
+        f"Own at test_pipeloom.py:{line + 8}, in work": 10,
+    }
+    assert {failure.cause for failure in result.failures} == set(result.causes)
+    result = run(range(300), db, lambda t, q: exec(f"class E{t}(Exception): pass\nraise E{t}"), check=False)
+    assert len(result.causes) == 101 and result.causes["other causes"] == 200
+    assert len(result.failures) == 101
+
+
 def test_fail_fast_cancels_what_has_not_started(db):
     def work(task, q):
         if task == 0:
@@ -3067,8 +3092,66 @@ def test_the_demo_resumes(home):
 def test_run_tells_failures_by_their_cause(home):
     (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
     done = python("-m", "pipeloom", "run", "job.py", "--arg", "bad=true", cwd=home, code=1)
-    assert "2 done, 1 failed" in done.stderr and "bad: ValueError: bad task" in done.stderr
+    assert "2 done, 1 failed" in done.stderr and "1 failed, 1 cause:\n" in done.stderr
+    assert re.search(r"^  bad: ValueError: bad task \(job.py:\d+, in \w+\)$", done.stderr, re.M)
     assert "Traceback" not in done.stderr
+    (home / "many.py").write_text(MANY_FAILURES)
+    done = python("many.py", cwd=home, code=1)
+    assert (
+        "1,204 failed, 2 causes:\n"
+        "  bad[0] and 1,202 more: ValueError: 0 (many.py:4, in bad)\n"
+        "  worse: ZeroDivisionError: division by zero (many.py:6, in worse)\n"
+    ) in done.stderr
+
+
+MANY_FAILURES = """import pipeloom
+pipe = pipeloom.Pipeline("m.db", workers=1)
+@pipe.task(each=range(1203))
+def bad(ctx, n): raise ValueError(n)
+@pipe.task
+def worse(ctx): 1 / 0
+pipe.main()
+"""
+
+STUCK = """
+import pipeloom, threading, time
+pipe = pipeloom.Pipeline("s.db", workers=3)
+gone = threading.Event()
+def hangs_here():
+    open("hangs", "w").close()
+    time.sleep(1)
+    gone.set()
+@pipe.task(each=["a", "b"])
+def work(ctx, item):
+    hangs_here()
+def blocks():
+    yield 1
+    assert gone.wait(20)
+    time.sleep(0.5)  # for the dump to be drawn
+@pipe.task(each=blocks)
+def more(ctx, item): pass
+if __name__ == "__main__": pipe.main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize("program", ["s.py", "-m pipeloom run s.py"])
+def test_sigusr1_prints_the_stack_of_every_thread_above_the_bars_and_the_run_goes_on(home, program):
+    (home / "s.py").write_text(STUCK)
+
+    def act(process):
+        deadline = time.monotonic() + WAIT
+        while not (home / "hangs").exists() and time.monotonic() < deadline:
+            threading.Event().wait(0.02)
+        threading.Event().wait(0.2)
+        process.send_signal(signal.SIGUSR1)
+
+    code, written = on_terminal(program.split(), [], home, act=act, size=(60, 100))
+    shown = screen(written)
+    assert code == 0, written
+    stacks = "\n".join(shown[: [line.startswith("All tasks") for line in shown].index(True)])
+    assert stacks.count("in hangs_here\n") == 2 and "in blocks\n" in stacks
+    assert sum(line.startswith("All tasks") for line in shown) == 1
 
 
 def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
