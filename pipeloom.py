@@ -2373,9 +2373,10 @@ def _cause(error: BaseException | None, message: str) -> str:
     lines: list[str] = []
     step = error.__traceback__ if error is not None else None
     while step is not None:
-        path, function = step.tb_frame.f_code.co_filename, step.tb_frame.f_code.co_name
-        if path != __file__ and not path.startswith(_LIBRARY) and "-packages" + os.sep not in path:
-            lines.append(f"{os.path.basename(path)}:{step.tb_lineno}, in {function}")
+        frame, path = step.tb_frame, step.tb_frame.f_code.co_filename
+        ours = frame.f_globals is globals() or path.startswith(_LIBRARY) or "-packages" + os.sep in path
+        if not ours:
+            lines.append(f"{os.path.basename(path)}:{step.tb_lineno}, in {frame.f_code.co_name}")
         step = step.tb_next
     return f"{type(error).__name__} at {lines[-1]}" if lines else message
 

@@ -1147,24 +1147,25 @@ def test_a_terminal_that_stands_still_keeps_no_signal_from_ending_the_run(home):
     assert code in (-signal.SIGTERM, -signal.SIGHUP)
 
 
-def test_a_closed_stderr_harms_nothing(home):
-    if os.name == "nt":
-        pytest.skip("needs a shell")
-    command = f"'{sys.executable}' -m pipeloom demo -n 3 2>&-"
-    assert subprocess.run(command, shell=True, cwd=str(home), timeout=60).returncode == 0
-    command = f"('{sys.executable}' -m pipeloom demo -n 2; echo $? >code) 2>&1 | head -c 1 >out"
-    subprocess.run(command, shell=True, cwd=str(home), timeout=60)
-    assert (home / "code").read_text() == "0\n"
-    command = f"('{sys.executable}' -m pipeloom demo -n 3 --fail 1; echo $? >code) 2>&1 | true"
-    subprocess.run(command, shell=True, cwd=str(home), timeout=60)
-    assert (home / "code").read_text() == "1\n"
-    command = f"'{sys.executable}' -m pipeloom status --db nothing.db 2>&- >out"
-    assert subprocess.run(command, shell=True, cwd=str(home), timeout=60).returncode == 2
-    assert (home / "out").read_text() == ""
-    if os.path.exists("/dev/full"):
-        command = f"'{sys.executable}' -m pipeloom status --db wal_demo.db >/dev/full"
-        done = subprocess.run(command, shell=True, cwd=str(home), timeout=60, stderr=subprocess.PIPE)
-        assert done.returncode == 2 and done.stderr.startswith(b"pipeloom: stdout cannot be written")
+CLOSED_STREAMS = """
+python -m pipeloom demo -n 3 --db 1.db 2>&-; echo $? >1 &
+(python -m pipeloom demo -n 2 --db 2.db; echo $? >2) 2>&1 | head -c 1 >out &
+(python -m pipeloom demo -n 3 --fail 1 --db 3.db; echo $? >3) 2>&1 | true &
+python -m pipeloom status --db nothing.db 2>&- >nothing; echo $? >4 &
+python -m pipeloom init-db --db 5.db && python -m pipeloom status --db 5.db >/dev/full 2>said; echo $? >5 &
+python -m pipeloom demo -n 2 --db 6.db 2>/dev/full; echo $? >6 &
+python -m pipeloom demo -n 2 --db 7.db >&- 2>&- <&-; echo $? >7 &
+wait
+"""
+
+
+@needs_posix
+def test_closed_full_and_broken_streams_harm_nothing(home):
+    script = CLOSED_STREAMS.replace("python", f"'{sys.executable}'")
+    subprocess.run(script, shell=True, cwd=str(home), timeout=60)
+    assert [(home / str(n)).read_text() for n in range(1, 8)] == [f"{c}\n" for c in (0, 0, 1, 2, 2, 0, 0)]
+    assert (home / "nothing").read_text() == ""
+    assert (home / "said").read_text().startswith("pipeloom: stdout cannot be written")
 
 
 @pytest.mark.parametrize("with_rich", [False, pytest.param(True, marks=needs_rich)])
@@ -2945,6 +2946,49 @@ def test_the_demo_works_at_once_in_an_empty_directory(home, how):
     assert sorted(row[2] for row in rows(home / "wal_demo.db")) == ["done"] * 2 + ["error"] * 2
 
 
+EVERYTHING = """
+import asyncio, sys, time, pipeloom
+pipe = pipeloom.Pipeline("e.db", schema="CREATE TABLE IF NOT EXISTS t(x)", workers=4, retry_delay=0.01)
+@pipe.task(each=["a", "\\u00fc", "\\u65e5[/x]"])
+def load(ctx, item):
+    ctx.executemany("INSERT INTO t VALUES (?)", ctx.track([(item,)] * 10))
+@pipe.task(each=range(2), retries=1)
+def again(ctx, item):
+    if ctx.attempt == 1: raise ValueError(item)
+@pipe.task(timeout=0.1)
+async def hangs(ctx): await asyncio.sleep(60)
+@pipe.task(after=[load, again])
+async def report(ctx):
+    with ctx.connect() as db: return db.execute("SELECT count(*) FROM t").fetchone()[0]
+@pipe.task(after=hangs)
+def never(ctx): pass
+if __name__ == "__main__": pipe.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "how, progress",
+    [
+        ("-I", "log"),
+        ("-OO", "ansi"),
+        ("-X dev -W error", "ansi"),
+        ("-S -X utf8=0", "log"),
+        pytest.param("-X dev", "rich", marks=needs_rich),
+    ],
+)
+def test_it_works_in_every_mode_of_the_interpreter_without_a_warning(home, how, progress):
+    (home / "e.py").write_text(EVERYTHING)
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    start = [*how.split(), "pipeloom.py", "run"]
+    done = python(*start, "e.py", "--progress", progress, cwd=home, code=1, env=env)
+    said = done.stderr[done.stderr.index("6 done, 1 failed, 1 cancelled in ") :].splitlines()
+    assert len(said) == 4 and said[2] == "  hangs: timed out after 0.1 s"
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert rows(home / "e.db", "SELECT count(*) FROM t") == [(30,)]
+    done = python(*start, "e.py", "--resume", "--progress", progress, cwd=home, code=1, env=env)
+    assert "0 done, 6 skipped, 1 failed, 1 cancelled in " in done.stderr
+
+
 def test_the_line_that_the_world_knows_works(home):
     done = python(
         "-m", "pipeloom", "demo", "--db", "./wal_demo.db", "--num-tasks", "10", "-vv", cwd=home, code=0
@@ -3119,7 +3163,7 @@ pipe = pipeloom.Pipeline("s.db", workers=3)
 gone = threading.Event()
 def hangs_here():
     open("hangs", "w").close()
-    time.sleep(1)
+    time.sleep(0.6)
     gone.set()
 @pipe.task(each=["a", "b"])
 def work(ctx, item):
@@ -3127,7 +3171,7 @@ def work(ctx, item):
 def blocks():
     yield 1
     assert gone.wait(20)
-    time.sleep(0.5)  # for the dump to be drawn
+    time.sleep(0.2)  # for the dump to be drawn
 @pipe.task(each=blocks)
 def more(ctx, item): pass
 if __name__ == "__main__": pipe.main()
@@ -3135,8 +3179,7 @@ if __name__ == "__main__": pipe.main()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
-@pytest.mark.parametrize("program", ["s.py", "-m pipeloom run s.py"])
-def test_sigusr1_prints_the_stack_of_every_thread_above_the_bars_and_the_run_goes_on(home, program):
+def test_sigusr1_prints_the_stack_of_every_thread_above_the_bars_and_the_run_goes_on(home):
     (home / "s.py").write_text(STUCK)
 
     def act(process):
@@ -3146,7 +3189,7 @@ def test_sigusr1_prints_the_stack_of_every_thread_above_the_bars_and_the_run_goe
         threading.Event().wait(0.2)
         process.send_signal(signal.SIGUSR1)
 
-    code, written = on_terminal(program.split(), [], home, act=act, size=(60, 100))
+    code, written = on_terminal(["s.py"], [], home, act=act, size=(60, 100))
     shown = screen(written)
     assert code == 0, written
     stacks = "\n".join(shown[: [line.startswith("All tasks") for line in shown].index(True)])
@@ -3300,6 +3343,14 @@ def test_every_program_of_the_readme_compiles():
 def example(name, *arguments, cwd, code=0):
     env = {"PYTHONPATH": str(HERE)}
     return python(HERE / "examples" / name, *arguments, cwd=cwd, code=code, env=env)
+
+
+def test_the_tests_that_the_readme_names_for_each_promise_exist():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    promises = dict(re.findall(r"^\| (G\d) \|.*\| (.*) \|$", text, re.M))
+    assert sorted(promises) == [f"G{n}" for n in range(1, 10)]
+    for names in promises.values():
+        assert names and all(callable(globals().get(name[1:-1])) for name in names.split(", ")), names
 
 
 def test_every_example_is_tested():
