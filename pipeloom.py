@@ -3703,29 +3703,35 @@ def _exit_by_signal(number: int, _: Any) -> None:
 def _print_stacks_on_request() -> Callable[[], None]:
     """Let `kill -USR1 PID` print every thread's stack, above the bars; returns what ends that.
 
-    The dump is made in C, whatever the main thread does; it comes through a pipe, for a thread to print.
+    A thread of its own does it, under the GIL. faulthandler.register would also show a main thread that hangs
+    in C, but it reads the stacks of threads that run on meanwhile, and takes the process with it at times.
     """
-    import faulthandler
+    import traceback
 
     number = getattr(signal, "SIGUSR1", None)
-    if number is None or signal.getsignal(number) != signal.SIG_DFL:  # Windows; a program that uses it
+    if (
+        number is None  # Windows
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(number) != signal.SIG_DFL  # the program's own use
+    ):
         return lambda: None
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)  # who dumps may hold the GIL: what is more than a pipe holds is cut
+    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whose put() a signal handler may call
 
     def show() -> None:
-        with open(source, encoding="utf-8", errors="replace") as dump:
-            for line in dump:
-                _say(line.rstrip("\n"))
+        while requests.get():
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            for ident, frame in sys._current_frames().items():
+                if ident != thread.ident:
+                    stack = "".join(traceback.format_stack(frame)).rstrip()
+                    _say(f"Thread {names.get(ident, ident)}:\n{stack}")
 
     def stop() -> None:
-        faulthandler.unregister(number)
-        os.close(sink)  # which ends the thread, unless a forked child has the pipe, too
-        thread.join(POLL)
+        signal.signal(number, signal.SIG_DFL)
+        requests.put(False)
 
     thread = threading.Thread(target=show, name="pipeloom-stacks", daemon=True)
     thread.start()
-    faulthandler.register(number, sink)
+    signal.signal(number, lambda *_: requests.put(True))
     return stop
 
 

@@ -3194,6 +3194,7 @@ def test_sigusr1_prints_the_stack_of_every_thread_above_the_bars_and_the_run_goe
     assert code == 0, written
     stacks = "\n".join(shown[: [line.startswith("All tasks") for line in shown].index(True)])
     assert stacks.count("in hangs_here\n") == 2 and "in blocks\n" in stacks
+    assert "Thread MainThread:" in stacks and "Thread pipeloom-writer:" in stacks
     assert sum(line.startswith("All tasks") for line in shown) == 1
 
 
