@@ -70,10 +70,11 @@ from unicodedata import category, east_asian_width
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, Iterator, NoReturn, Optional, Tuple, Union
+    from typing import Any, Callable, Iterable, Iterator, List, NoReturn, Optional, Tuple, Union
 
     Handler = Callable[[sqlite3.Connection, Any], object]
     Item = Tuple[Optional["TaskContext"], Any]  # what travels on the channel: who sent it, the message
+    Lines = Callable[[List["_Bar"], int, "_Style"], List[Tuple[str, int]]]  # of bars: each with its cells
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
     console: Any
 
@@ -1369,8 +1370,8 @@ class _Board(Progress):
         running = self.running.copy()
         shown = list(islice(running.values(), room if len(running) < room else max(room - 2, 0)))
         rest = len(running) - len(shown)
-        bars = [self.overall(), *shown]
-        return [*bars, _Bar(f"+{rest:,} more")] if rest and room > 1 else bars
+        more = [_Bar(f"+{rest:,} more")] if rest else []
+        return [self.overall(), *shown, *more][:room]
 
 
 class _LogLines(_Board):
@@ -1399,51 +1400,47 @@ class _LogLines(_Board):
         self.stream.flush()
 
 
-class _AnsiBars(_Board):
-    """The bars, drawn with escape sequences on a terminal."""
+class _TerminalBars(_Board):
+    """The bars on a terminal; `lines` makes the lines of them."""
+
+    def __init__(self, lines: Lines) -> None:
+        super().__init__()
+        self._screen = _Screen(self.stream, self.bars, lines)
 
     def start(self, total: int | None) -> None:
         super().start(total)
-        self.screen = _Screen(self.stream, self._render)
-        self.screen.open()
+        self._screen.open()
 
     def stop(self, result: Any) -> None:
         self.running.clear()
-        self.screen.close(keep=True)
-
-    def _render(self, width: int, height: int) -> list[tuple[str, int]]:
-        return _lines(self.bars(height - 1)[: height - 1], width, self.screen.style)
+        self._screen.close()
 
 
-class _RichBars(_AnsiBars):
-    """The same bars, with Rich to make the lines.
+def _rich_lines(bars: list[_Bar], width: int, style: _Style) -> list[tuple[str, int]]:
+    """What _lines() gives, made by Rich.
 
-    Not with its Live: two of them at once fail before Rich 14.1, and in all versions bars that come and go
+    Not by its Live: two of them at once fail before Rich 14.1, and in all versions bars that come and go
     are torn where several threads print.
     """
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
-    def _render(self, width: int, height: int) -> list[tuple[str, int]]:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        if width < 30:
-            return super()._render(width, height)
-        table = Table.grid(padding=(0, 1))
-        for bar in self.bars(height - 1)[: height - 1]:
-            fraction = bar.fraction()
-            cells: list[Any] = [
-                Text(_fit(bar.name, min(_width(bar.name), NAME_WIDTH, width // 3)), no_wrap=True)
-            ]
-            if fraction is None:
-                cells += ["", ""]
-            else:
-                cells += [ProgressBar(1, fraction, width=width // 4), Text(f"{fraction:4.0%}")]
-            table.add_row(*cells, Text(_fit(bar.text, min(_width(bar.text), width // 2)), no_wrap=True))
-        console = _rich_console()
-        with console.capture() as capture:
-            console.print(table, width=width - 1)
-        return [(line, width - 1) for line in capture.get().splitlines()]
+    if width < 30:
+        return _lines(bars, width, style)
+    table = Table.grid(padding=(0, 1))
+    for bar in bars:
+        name = Text(_cut(bar.name, min(NAME_WIDTH, width // 3)), no_wrap=True)
+        text = Text(_cut(bar.text, width // 2), no_wrap=True)
+        fraction = bar.fraction()
+        if fraction is None:
+            table.add_row(name, "", "", text)
+        else:
+            table.add_row(name, ProgressBar(1, fraction, width=width // 4), Text(f"{fraction:4.0%}"), text)
+    console = _rich_console()
+    with console.capture() as capture:
+        console.print(table, width=width - 1)
+    return [(line, width - 1) for line in capture.get().splitlines()]
 
 
 def _clock(seconds: float) -> str:
@@ -1477,6 +1474,11 @@ def _fit(text: str, width: int) -> str:
             break
         line.append(char)
     return "".join(line) + " " * (width - used)
+
+
+def _cut(text: str, width: int) -> str:
+    """One line of at most `width` cells."""
+    return _fit(text, width).rstrip()
 
 
 class _Style:
@@ -1527,14 +1529,13 @@ class _Screen:
 
     terminal = threading.Lock()  # held by the one screen that is open; a second run shows no bars
 
-    def __init__(self, stream: Any, render: Callable[[int, int], list[tuple[str, int]]]) -> None:
+    def __init__(self, stream: Any, bars: Callable[[int], list[_Bar]], lines: Lines) -> None:
         self.stream = stream
         self.style = _Style(stream)
-        self._render = render
+        self._bars, self._lines = bars, lines
         self._drawn: list[int] = []  # the cells of each line that stands there now
         self._lock = threading.Lock()  # guards the backlog; never held while writing
         self._backlog: list[tuple[Any, str]] = []
-        self._keep = True  # the block, at the end
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipeloom-display", daemon=True)
         self._stand_ins: list[_Above] = []
@@ -1552,11 +1553,10 @@ class _Screen:
             self._is_open = self._draws = False
             self.terminal.release()
 
-    def close(self, keep: bool) -> None:
-        """Draw a last time, with the block or without it; a terminal that blocks (Ctrl-S) is left behind."""
+    def close(self) -> None:
+        """Draw a last time; a terminal that blocks (Ctrl-S) is left behind."""
         if not self._is_open:
             return
-        self._keep = keep
         self._over.set()
         self._thread.join(2)
         for stand_in in self._stand_ins:
@@ -1593,10 +1593,8 @@ class _Screen:
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
-        lines = self._render(width, height) if self._keep or not self._over.is_set() else []
-        rows = sum(
-            max(1, -(-cells // max(width, 1))) for cells in self._drawn
-        )  # a narrower window folds them
+        lines = self._lines(self._bars(height - 1), width, self.style)
+        rows = sum(max(1, -(-cells // width)) for cells in self._drawn)  # a narrower window folds them
         self._write(self.stream, "\r" + "\x1b[A\x1b[2K" * rows)  # line by line: \x1b[J fills tmux's history
         self._write_backlog()
         self._drawn = [cells for _, cells in lines]
@@ -1706,13 +1704,15 @@ def _display_of(progress: Any) -> Any:
     if progress == "rich" and _rich_console() is None:
         raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
     kinds: dict[str, Callable[[], Progress]] = {
-        "rich": _RichBars, "ansi": _AnsiBars, "log": _LogLines, "none": Progress,
-    }  # fmt: skip
+        "rich": lambda: _TerminalBars(_rich_lines),
+        "ansi": lambda: _TerminalBars(_lines),
+        "log": _LogLines,
+        "none": Progress,
+    }
     if isinstance(progress, str):
         if progress not in kinds:
-            raise UsageError(
-                f"progress={progress!r} is unknown: expected auto, {', '.join(kinds)} or an object"
-            )
+            known = ", ".join(kinds)
+            raise UsageError(f"progress={progress!r} is unknown: expected auto, {known} or an object")
         return kinds[progress]() if sys.stderr is not None else Progress()
     missing = [name for name in ("start", "update", "stop") if not callable(getattr(progress, name, None))]
     if missing:
@@ -1806,7 +1806,7 @@ class _SharedScreen:
             if progress not in self._shown:
                 self._shown.append(progress)
             if self._screen is None and _is_terminal(sys.stderr):
-                self._screen = _Screen(sys.stderr, self._render)
+                self._screen = _Screen(sys.stderr, self._bars, _lines)
                 self._screen.open()
 
     def remove(self, progress: _AnsiProgress, keep: bool) -> None:
@@ -1822,12 +1822,10 @@ class _SharedScreen:
                 screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
             if not self._shown:
                 self._screen = None
-                screen.close(keep=False)
+                screen.close()
 
-    def _render(self, width: int, height: int) -> list[tuple[str, int]]:
-        bars = [bar for progress in self._shown.copy() for bar in progress.tasks.copy().values()]
-        screen = self._screen
-        return _lines(bars[: max(height - 1, 0)], width, screen.style) if screen else []
+    def _bars(self, room: int) -> list[_Bar]:
+        return [bar for progress in self._shown.copy() for bar in progress.tasks.copy().values()][:room]
 
 
 _shared_screen = _SharedScreen()
@@ -3978,7 +3976,7 @@ class _Session:
         if self.dry_run:
             for stage in stages:
                 for name in _names_of(stage):
-                    _print(_fit(name, _width(name)).rstrip())
+                    _print(_cut(name, _width(name)))
             return RunResult(None, 0, 0, 0, 0, 0.0)
         try:
             return run.execute()
@@ -4037,7 +4035,7 @@ def _summary(path: str, result: RunResult) -> str:
     first = {failure.cause: failure for failure in reversed(result.failures)}
     for cause, number in sorted(result.causes.items(), key=lambda item: -item[1])[:10]:
         failure = first[cause]
-        name, message = _fit(failure.task, NAME_WIDTH).rstrip(), _fit(failure.message, 200).rstrip()
+        name, message = _cut(failure.task, NAME_WIDTH), _cut(failure.message, 200)
         more = f" and {number - 1:,} more" if number > 1 else ""
         where = f" ({cause.partition(' at ')[2]})" if cause != failure.message else ""
         lines.append(f"  {name}{more}: {message}{where}")
