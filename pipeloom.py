@@ -1618,10 +1618,16 @@ class _Above:
         self._name, self._screen = name, screen
         self._stream = getattr(sys, name)
         self._halves: dict[int, str] = {}  # half lines, by thread: print() writes in pieces
-        setattr(sys, name, self)
-        self._handlers = [handler for handler in _stream_handlers() if handler.stream is self._stream]
-        for handler in self._handlers:  # made before, as by logging.basicConfig()
-            handler.setStream(self)
+        self._replace(self._stream, self)
+
+    def _replace(self, old: Any, new: Any) -> None:
+        """In sys, and in the handlers that were made before, as by logging.basicConfig()."""
+        if getattr(sys, self._name) is old:
+            setattr(sys, self._name, new)
+        for log in [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]:
+            for handler in getattr(log, "handlers", ()):
+                if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                    handler.setStream(new)
 
     def write(self, text: str) -> int:
         me = threading.get_ident()
@@ -1637,23 +1643,13 @@ class _Above:
 
     def leave(self) -> None:
         """Give the stream back; who has kept this object writes on as before. Idempotent."""
-        if getattr(sys, self._name) is self:
-            setattr(sys, self._name, self._stream)
-        for handler in self._handlers:
-            if handler.stream is self:
-                handler.setStream(self._stream)
+        self._replace(self, self._stream)
         halves, self._halves = self._halves, {}
         for half in halves.values():
             self._screen.above(self._stream, half + "\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _stream_handlers() -> list[Any]:
-    loggers = [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]
-    handlers = {id(h): h for log in loggers for h in getattr(log, "handlers", ())}
-    return [h for h in handlers.values() if isinstance(h, logging.StreamHandler)]
 
 
 def _is_terminal(stream: Any) -> bool:
