@@ -1729,7 +1729,14 @@ def _best_display() -> str:
 
 
 class _AnsiProgress:
-    """Looks like rich.progress.Progress where that cannot be imported. Any thread may call it."""
+    """Looks like rich.progress.Progress where that cannot be imported. Any thread may call it.
+
+    All that are started are shown in one block.
+    """
+
+    _shown: list[_AnsiProgress] = []
+    _screen: _Screen | None = None
+    _show_lock = threading.Lock()  # guards these two
 
     def __init__(self, transient: bool = False) -> None:
         self.tasks: dict[int, _Bar] = {}
@@ -1743,24 +1750,17 @@ class _AnsiProgress:
         self.tasks[id] = _Bar(_without_markup(description), total, completed)
         return id
 
-    def update(
-        self,
-        task_id: int,
-        *,
-        total: float | None = None,
-        completed: float | None = None,
-        advance: float = 0,
-        description: str | None = None,
-        **_: Any,
-    ) -> None:
-        """Change a bar; one that was removed is let be."""
+    def update(self, task_id: int, *, advance: float = 0, **changes: Any) -> None:
+        """Change a bar's total, completed or description; one that was removed is let be."""
+        given = {name: value for name, value in changes.items() if value is not None}
         with self._lock:
             bar = self.tasks.get(task_id)
             if bar is None:
                 return
-            bar.total = bar.total if total is None else total
-            bar.completed = (bar.completed if completed is None else completed) + advance
-            bar.name = bar.name if description is None else _without_markup(description)
+            bar.total = given.get("total", bar.total)
+            bar.completed = given.get("completed", bar.completed) + advance
+            if "description" in given:
+                bar.name = _without_markup(given["description"])
 
     def advance(self, task_id: int, advance: float = 1) -> None:
         """Move a bar on."""
@@ -1775,11 +1775,30 @@ class _AnsiProgress:
 
     def start(self) -> None:
         """Show the bars until stop()."""
-        _shared_screen.add(self)
+        with self._show_lock:
+            if self not in self._shown:
+                self._shown.append(self)
+            if self._screen is None and _is_terminal(sys.stderr):
+                _AnsiProgress._screen = screen = _Screen(sys.stderr, self._bars, _lines)
+                screen.open()
 
     def stop(self) -> None:
         """Leave the bars on the screen as they are, or clear them if they are transient."""
-        _shared_screen.remove(self, keep=not self._transient)
+        with self._show_lock:
+            screen = self._screen
+            if self not in self._shown:
+                return
+            self._shown.remove(self)
+            if screen is not None and not self._transient:
+                lines = _lines(list(self.tasks.values()), _terminal_size(screen.stream)[0], screen.style)
+                screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
+            if screen is not None and not self._shown:
+                _AnsiProgress._screen = None
+                screen.close()
+
+    @classmethod
+    def _bars(cls, room: int) -> list[_Bar]:
+        return [bar for progress in cls._shown.copy() for bar in progress.tasks.copy().values()][:room]
 
     def __enter__(self) -> _AnsiProgress:
         self.start()
@@ -1787,44 +1806,6 @@ class _AnsiProgress:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-class _SharedScreen:
-    """All started _AnsiProgress objects in one block."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the list and the screen's coming and going
-        self._shown: list[_AnsiProgress] = []
-        self._screen: _Screen | None = None
-
-    def add(self, progress: _AnsiProgress) -> None:
-        with self._lock:
-            if progress not in self._shown:
-                self._shown.append(progress)
-            if self._screen is None and _is_terminal(sys.stderr):
-                self._screen = _Screen(sys.stderr, self._bars, _lines)
-                self._screen.open()
-
-    def remove(self, progress: _AnsiProgress, keep: bool) -> None:
-        with self._lock:
-            if progress not in self._shown:
-                return
-            self._shown.remove(progress)
-            screen = self._screen
-            if screen is None:
-                return
-            if keep:
-                lines = _lines(list(progress.tasks.values()), _terminal_size(screen.stream)[0], screen.style)
-                screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
-            if not self._shown:
-                self._screen = None
-                screen.close()
-
-    def _bars(self, room: int) -> list[_Bar]:
-        return [bar for progress in self._shown.copy() for bar in progress.tasks.copy().values()][:room]
-
-
-_shared_screen = _SharedScreen()
 
 
 def _without_markup(text: str) -> str:
