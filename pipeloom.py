@@ -1539,23 +1539,20 @@ class _Screen:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipeloom-display", daemon=True)
         self._stand_ins: list[_Above] = []
-        self._is_open = False
         self._draws = False  # else whoever has lines writes them himself; guarded by the lock
 
     def open(self) -> None:
-        self._is_open = self.terminal.acquire(blocking=False)
-        if not self._is_open:
-            return
-        self._draws = True
-        try:
-            self._thread.start()
-        except RuntimeError:  # the system has no thread left
-            self._is_open = self._draws = False
-            self.terminal.release()
+        if self.terminal.acquire(blocking=False):
+            self._draws = True
+            try:
+                self._thread.start()
+            except RuntimeError:  # the system has no thread left
+                self._draws = False
+                self.terminal.release()
 
     def close(self) -> None:
         """Draw a last time; a terminal that blocks (Ctrl-S) is left behind."""
-        if not self._is_open:
+        if self._thread.ident is None:  # it never opened
             return
         self._over.set()
         self._thread.join(2)
