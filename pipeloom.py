@@ -1502,21 +1502,21 @@ class _Style:
 
 def _lines(bars: list[_Bar], width: int, style: _Style) -> list[tuple[str, int]]:
     """The lines of some bars, each with the number of cells that it fills (never the last column)."""
-    room = max(width - 1, 0)
+    room = width - 1
     names = min(max((_width(bar.name) for bar in bars), default=0), NAME_WIDTH, room // 3)
-    length = min(40, max(room - names, 0) // 3)
-    return [_line(bar, room, names, length, style) for bar in bars]
-
-
-def _line(bar: _Bar, room: int, names: int, length: int, style: _Style) -> tuple[str, int]:
-    fraction = bar.fraction()
-    head = _fit(bar.name, names) + " "
-    percent = f" {fraction:4.0%} " if fraction is not None else "      "
-    rest = room - names - 1 - length - len(percent)
-    if rest < 0:
-        return _fit(f"{bar.name} {percent.strip()} {bar.text}", room), room
-    body = style.bar(fraction, length) if fraction is not None else " " * length
-    return head + body + percent + _fit(bar.text, rest), room
+    length = min(40, (room - names) // 3)
+    rest = room - names - length - len("  100% ")
+    lines = []
+    for bar in bars:
+        fraction = bar.fraction()
+        percent = f"{fraction:4.0%}" if fraction is not None else ""
+        if rest < 0:
+            line = _fit(f"{bar.name} {percent.strip()} {bar.text}", room)
+        else:
+            drawn = style.bar(fraction, length) if fraction is not None else " " * length
+            line = f"{_fit(bar.name, names)} {drawn} {percent:4} {_fit(bar.text, rest)}"
+        lines.append((line, room))
+    return lines
 
 
 class _Screen:
