@@ -1345,25 +1345,19 @@ class _Board(Progress):
             if message.status in self.counts:  # "queued" is an attempt that failed and will be repeated
                 self.counts[message.status] += 1
 
-    def settled(self) -> int:
-        return sum(self.counts[status] for status in FINAL)
-
     def overall(self) -> _Bar:
         """The bar for all tasks."""
-        settled = self.settled()
+        settled = sum(self.counts[status] for status in FINAL)
         elapsed = time.monotonic() - self.began
         parts = [f"{settled:,}/{self.total:,}" if self.total is not None else f"{settled:,} done"]
         parts.append(_clock(elapsed))
         if self.total and 0 < settled < self.total and elapsed > 1:
             parts.append(f"eta {_clock(elapsed / settled * (self.total - settled))}")
-        parts += [
-            f"{self.counts[s]:,} {w}"
-            for s, w in ((ERROR, "failed"), (CANCELLED, "cancelled"), ("skipped", "skipped"))
-            if self.counts[s]
-        ]
-        if self.total == 0:
-            return _Bar("All tasks", 1, 1, "  ".join(parts))
-        return _Bar("All tasks", self.total, settled, "  ".join(parts))
+        for status, word in ((ERROR, "failed"), (CANCELLED, "cancelled"), ("skipped", "skipped")):
+            if self.counts[status]:
+                parts.append(f"{self.counts[status]:,} {word}")
+        total, settled = (1, 1) if self.total == 0 else (self.total, settled)  # nothing to do is all done
+        return _Bar("All tasks", total, settled, "  ".join(parts))
 
     def bars(self, room: int) -> list[_Bar]:
         """The overall bar, then as many running tasks as have room, then how many more there are."""
