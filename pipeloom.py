@@ -1302,13 +1302,14 @@ class Progress:
         """The run has ended; `result` is its RunResult."""
 
 
+@dataclass
 class _Bar:
     """One running task, or one bar of somebody's own."""
 
-    __slots__ = ("completed", "name", "text", "total")
-
-    def __init__(self, name: str, total: float | None = None, completed: float = 0, text: str = "") -> None:
-        self.name, self.total, self.completed, self.text = name, total, completed, text
+    name: str
+    total: float | None = None
+    completed: float = 0
+    text: str = ""
 
     def fraction(self) -> float | None:
         """0..1, or None where the total is not known."""
