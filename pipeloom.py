@@ -62,6 +62,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import chain, compress, count, islice
 from operator import attrgetter, index
@@ -1659,19 +1660,14 @@ def _terminal_size(stream: Any) -> tuple[int, int]:
     return width or 80, height or 24
 
 
+@lru_cache(None)
 def _rich_console() -> Any:
     """The one Rich console, on stderr; None where Rich is not importable."""
-    global _console
-    if _console is None:
-        try:
-            from rich.console import Console
-        except ImportError:
-            return None
-        _console = Console(stderr=True)
-    return _console
-
-
-_console: Any = None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(stderr=True)
 
 
 class _PlainConsole:
