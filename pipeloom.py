@@ -1848,16 +1848,9 @@ class _TaskBars(Progress):
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what sys.stderr is at that moment: while bars are up, that puts lines above them."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def _remove_handlers() -> None:
