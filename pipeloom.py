@@ -3703,10 +3703,8 @@ def _new_parser(prog: str, description: str) -> Any:
 
 
 def _parser() -> Any:
-    parser = _new_parser(
-        f"python -m {__name__}",
-        "Run many tasks at once, store what they make in one SQLite file, watch them live.",
-    )
+    text = "Run many tasks at once, store what they make in one SQLite file, watch them live."
+    parser = _new_parser(f"python -m {__name__}", text)
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -3714,30 +3712,23 @@ def _parser() -> Any:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=function)
         sub.add_argument("--db", default=db, metavar="FILE", help="the database (default: %(default)s)")
-        return sub
+        return sub.add_argument
 
-    demo = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
-    demo.add_argument(
-        "-n", "--num-tasks", type=_number_from(1), default=20, metavar="N", help="how many (default: 20)"
-    )
-    demo.add_argument("--no-wal", action="store_true", help="use SQLite's rollback journal")
-    demo.add_argument("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
-    _add_common_options(demo)
-    run = command("run", _cmd_run, "Run a pipeline or a function of yours, or a file of yours.", "")
-    run.add_argument(
-        "target",
-        metavar="TARGET",
-        help="package.module:name, file.py:name, or file.py (its main, or its Pipeline)",
-    )
-    run.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
-    _add_run_options(run)
-    status = command("status", _cmd_status, "Show how the tasks of a database fare, also while they run.")
-    status.add_argument(
-        "-n", "--limit", type=_number_from(1), default=20, metavar="N", help="how many tasks (default: 20)"
-    )
-    status.add_argument("--failed", action="store_true", help="only tasks that failed or were cancelled")
-    status.add_argument("--watch", action="store_true", help="again every second, until the run has ended")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    add = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
+    add("-n", "--num-tasks", type=_number_from(1), default=20, metavar="N", help="how many (default: 20)")
+    add("--no-wal", action="store_true", help="use SQLite's rollback journal")
+    add("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
+    _add_common_options(add)
+    add = command("run", _cmd_run, "Run a pipeline or a function of yours, or a file of yours.", "")
+    target = "package.module:name, file.py:name, or file.py (its main, or its Pipeline)"
+    add("target", metavar="TARGET", help=target)
+    add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
+    _add_run_options(add)
+    add = command("status", _cmd_status, "Show how the tasks of a database fare, also while they run.")
+    add("-n", "--limit", type=_number_from(1), default=20, metavar="N", help="how many tasks (default: 20)")
+    add("--failed", action="store_true", help="only tasks that failed or were cancelled")
+    add("--watch", action="store_true", help="again every second, until the run has ended")
+    add("--json", action="store_true", help="as JSON")
     command("init-db", _cmd_init_db, "Create the tables, or complete those of an older pipeloom.")
     return parser
 
@@ -3746,33 +3737,25 @@ def _pipeline_parser(pipe: Pipeline) -> Any:
     parser = _new_parser(os.path.basename(sys.argv[0]) or "pipeline", "Run the tasks of this pipeline.")
     parser.add_argument("--db", default="", metavar="FILE", help=f"the database (default: {pipe.db_path})")
     parser.set_defaults(command=lambda args: _run_in_session(args, pipe.run))
-    _add_run_options(parser)
+    _add_run_options(parser.add_argument)
     return parser
 
 
-def _add_run_options(parser: Any) -> None:
-    parser.add_argument(
-        "--retries", type=_number_from(0), metavar="N", help="try a failed task N times again"
-    )
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long an attempt may take")
-    parser.add_argument(
-        "--fail-fast", action="store_true", default=None, help="stop starting at the first failure"
-    )
-    parser.add_argument(
-        "--durable", action="store_true", default=None, help="let each commit survive a power loss too"
-    )
-    parser.add_argument("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
-    parser.add_argument("--dry-run", action="store_true", help="print the names of the tasks and run none")
-    _add_common_options(parser)
+def _add_run_options(add: Callable[..., Any]) -> None:
+    add("--retries", type=_number_from(0), metavar="N", help="try a failed task N times again")
+    add("--timeout", type=float, metavar="SECONDS", help="how long an attempt may take")
+    add("--fail-fast", action="store_true", default=None, help="stop starting at the first failure")
+    add("--durable", action="store_true", default=None, help="let each commit survive a power loss too")
+    add("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
+    add("--dry-run", action="store_true", help="print the names of the tasks and run none")
+    _add_common_options(add)
 
 
-def _add_common_options(parser: Any) -> None:
-    parser.add_argument("--resume", action="store_true", default=None, help="skip the tasks that are done")
-    parser.add_argument(
-        "-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once"
-    )
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
-    parser.add_argument("-l", "--log-file", metavar="FILE", help="log to this file, too")
+def _add_common_options(add: Callable[..., Any]) -> None:
+    add("--resume", action="store_true", default=None, help="skip the tasks that are done")
+    add("-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once")
+    add("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
+    add("-l", "--log-file", metavar="FILE", help="log to this file, too")
 
 
 def _number_from(low: int) -> Callable[[str], int]:
