@@ -3736,7 +3736,7 @@ def _parser() -> Any:
 def _pipeline_parser(pipe: Pipeline) -> Any:
     parser = _new_parser(os.path.basename(sys.argv[0]) or "pipeline", "Run the tasks of this pipeline.")
     parser.add_argument("--db", default="", metavar="FILE", help=f"the database (default: {pipe.db_path})")
-    parser.set_defaults(command=lambda args: _run_in_session(args, pipe.run))
+    parser.set_defaults(command=lambda args: _Session(args).call(pipe.run))
     _add_run_options(parser.add_argument)
     return parser
 
@@ -3772,10 +3772,8 @@ def _number_from(low: int) -> Callable[[str], int]:
 def _cmd_demo(args: Any) -> int:
     tasks = _demo_tasks(args.num_tasks, args.fail)
     workers = args.workers or min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
-    session = _Session(args, {"check": False, "resume": bool(args.resume)})
-    with session:
-        run_pipeline(tasks, args.db, workers=workers, wal=not args.no_wal, worker_fn=demo_worker)
-    return session.report()
+    options = {"workers": workers, "wal": not args.no_wal, "worker_fn": demo_worker}
+    return _Session(args).call(lambda: run_pipeline(tasks, args.db, **options))
 
 
 def _cmd_run(args: Any) -> int:
@@ -3786,19 +3784,7 @@ def _cmd_run(args: Any) -> int:
             raise UsageError(f"--arg: {args.target} is a Pipeline, which takes none; name a function instead")
         function = function.run
     _check_arguments(function, arguments)
-    return _run_in_session(args, lambda: function(**arguments))
-
-
-def _run_in_session(args: Any, function: Callable[[], object]) -> int:
-    names = ("workers", "resume", "retries", "timeout", "fail_fast", "durable", "progress")
-    given = {name: getattr(args, name) for name in names}
-    options = {name: value for name, value in given.items() if value is not None}
-    session = _Session(args, options, args.db or None, args.dry_run)
-    value: object = None  # where the function ends by sys.exit()
-    with session:
-        value = function()
-    code = session.report()
-    return code if code or type(value) is not int else value
+    return _Session(args).call(lambda: function(**arguments))
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -3891,30 +3877,34 @@ class _Session:
     current: _Session | None = None
     importing = False  # the target is being imported, and should not run yet
 
-    def __init__(
-        self, args: Any, options: dict[str, Any], db_path: str | None = None, dry_run: bool = False
-    ) -> None:
-        self.argv = args.argv
-        self.options = options
-        self.db_path = db_path
-        self.dry_run = dry_run
+    def __init__(self, args: Any) -> None:
+        names = ("workers", "resume", "retries", "timeout", "fail_fast", "durable", "progress")
+        given = {name: getattr(args, name, None) for name in names}
+        self.options = {name: value for name, value in given.items() if value is not None}
+        self.args = args
         self.runs: list[tuple[str, RunResult]] = []
 
-    def __enter__(self) -> None:
+    def call(self, function: Callable[[], object]) -> int:
+        """Call what starts the runs; returns the exit code."""
+        value: object = None  # where the function ends by sys.exit()
         _Session.current = self
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
-        _Session.current = None
-        if error is None or isinstance(error, PipelineError) or (kind is SystemExit and not error.code):
-            return True  # the summary says it better
-        self.report(ended=isinstance(error, UsageError))  # the exception goes on to whoever handles it
-        return False
+        try:
+            value = function()
+        except BaseException as error:
+            leaves = isinstance(error, SystemExit) and not error.code
+            if not (leaves or isinstance(error, PipelineError)):  # of these the summary says it better
+                self.report(ended=isinstance(error, UsageError))
+                raise
+        finally:
+            _Session.current = None
+        code = self.report()
+        return code if code or type(value) is not int else value
 
     def run(self, stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
         """What run_pipeline and Pipeline.run do in this session."""
-        path, options = self.db_path or path, {**options, **self.options}
-        run = _Run(stages, path, _Settings(**options))
-        if self.dry_run:
+        path = self.args.db or path
+        run = _Run(stages, path, _Settings(**{**options, **self.options}))
+        if getattr(self.args, "dry_run", False):
             for stage in stages:
                 for name in _names_of(stage):
                     _print(_cut(name, _width(name)))
@@ -3932,7 +3922,7 @@ class _Session:
         ok = all(result.ok for _, result in self.runs)
         resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
-            _say(f"to go on where this ended: {_command_to_resume(self.argv)}")
+            _say(f"to go on where this ended: {_command_to_resume(self.args.argv)}")
         return 0 if ok else 1
 
 
