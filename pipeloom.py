@@ -60,6 +60,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -3595,20 +3596,16 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    terminated, stop_stacks = _take_terminations(), _print_stacks_on_request()
-    try:
-        _setup_logging_of(args)
-        code: int = args.command(args)
-        return code
-    except PipeloomError as error:
-        _say(f"pipeloom: {error}")
-        return 75 if isinstance(error, RunInProgress) else 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        stop_stacks()
-        for number in terminated:
-            signal.signal(number, signal.SIG_DFL)
+    with _signals_taken():
+        try:
+            _setup_logging_of(args)
+            code: int = args.command(args)
+            return code
+        except PipeloomError as error:
+            _say(f"pipeloom: {error}")
+            return 75 if isinstance(error, RunInProgress) else 2
+        except KeyboardInterrupt:
+            return 130
 
 
 def _say(text: str) -> None:
@@ -3641,54 +3638,42 @@ def _setup_logging_of(args: Any) -> None:
         ) from error
 
 
-def _take_terminations() -> list[int]:
-    """Let SIGTERM and SIGHUP end the program by an exception, so that the summary is still printed."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _exit_by_signal)
-    return numbers
+@contextmanager
+def _signals_taken() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program by an exception, so that the summary is still printed, and
+    `kill -USR1 PID` print every thread's stack, above the bars; but none that the program uses itself.
 
-
-def _exit_by_signal(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)
-
-
-def _print_stacks_on_request() -> Callable[[], None]:
-    """Let `kill -USR1 PID` print every thread's stack, above the bars; returns what ends that.
-
-    A thread of its own does it, under the GIL. faulthandler.register would also show a main thread that hangs
+    A thread of its own prints, under the GIL. faulthandler.register would also show a main thread that hangs
     in C, but it reads the stacks of threads that run on meanwhile, and takes the process with it at times.
     """
-    import traceback
+    from traceback import format_stack
 
-    number = getattr(signal, "SIGUSR1", None)
-    if (
-        number is None  # Windows
-        or threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(number) != signal.SIG_DFL  # the program's own use
-    ):
-        return lambda: None
     requests: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whose put() a signal handler may call
 
-    def show() -> None:
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    def show_stacks() -> None:
         while requests.get():
             names = {thread.ident: thread.name for thread in threading.enumerate()}
             for ident, frame in sys._current_frames().items():
-                if ident != thread.ident:
-                    stack = "".join(traceback.format_stack(frame)).rstrip()
-                    _say(f"Thread {names.get(ident, ident)}:\n{stack}")
+                if ident != threading.get_ident():
+                    _say(f"Thread {names.get(ident, ident)}:\n{''.join(format_stack(frame)).rstrip()}")
 
-    def stop() -> None:
-        signal.signal(number, signal.SIG_DFL)
+    wanted = {"SIGTERM": end, "SIGHUP": end, "SIGUSR1": lambda *_: requests.put(True)}
+    handlers = {getattr(signal, name): do for name, do in wanted.items() if hasattr(signal, name)}  # Windows
+    if threading.current_thread() is not threading.main_thread():  # which alone may take them
+        handlers.clear()
+    taken = [number for number in handlers if signal.getsignal(number) == signal.SIG_DFL]
+    threading.Thread(target=show_stacks, name="pipeloom-stacks", daemon=True).start()
+    for number in taken:
+        signal.signal(number, handlers[number])
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
         requests.put(False)
-
-    thread = threading.Thread(target=show, name="pipeloom-stacks", daemon=True)
-    thread.start()
-    signal.signal(number, lambda *_: requests.put(True))
-    return stop
 
 
 def _new_parser(prog: str, description: str) -> Any:
