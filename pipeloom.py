@@ -3803,10 +3803,11 @@ def _check_arguments(function: Any, arguments: dict[str, Any]) -> None:
 def _load_target(target: str) -> Any:
     """The function that TARGET names."""
     place, _, name = target.rpartition(":") if not target.endswith(".py") else (target, "", "")
-    if not place or (not name and not place.endswith(".py")):
-        raise UsageError(f"target {target!r}: expected package.module:name, file.py:name or file.py")
-    if place.endswith(".py") and not os.path.isfile(place):
-        raise UsageError(f"target {target!r}: there is no file {place!r}; name an existing one")
+    what, is_file = f"target {target!r}", place.endswith(".py")
+    if not place or not (name or is_file):
+        raise UsageError(f"{what}: expected package.module:name, file.py:name or file.py")
+    if is_file and not os.path.isfile(place):
+        raise UsageError(f"{what}: there is no file {place!r}; name an existing one")
     try:
         _Session.importing = True
         found = _import_target(place)
@@ -3814,26 +3815,21 @@ def _load_target(target: str) -> Any:
         raise
     except Exception as error:
         logger.debug("importing %r failed", place, exc_info=True)
-        raise UsageError(
-            f"target {target!r} cannot be imported: {_describe(error)}; check it, -vv shows where"
-        ) from error
+        why = _describe(error)
+        raise UsageError(f"{what} cannot be imported: {why}; check it, -vv shows where") from error
     finally:
         _Session.importing = False
     pipelines = [value for value in vars(found).values() if isinstance(value, Pipeline)]
     if not name and getattr(found, "main", main) is main and pipelines:  # which `import *` brings
         if len(pipelines) > 1:
-            raise UsageError(f"target {target!r} has {len(pipelines)} pipelines; name one, as {place}:name")
+            raise UsageError(f"{what} has {len(pipelines)} pipelines; name one, as {place}:name")
         return pipelines[0]
     for part in (name or "main").split("."):
         if not hasattr(found, part):
-            raise UsageError(
-                f"target {target!r}: {place!r} has no {part!r}; name a function of it, as {place}:name"
-            )
+            raise UsageError(f"{what}: {place!r} has no {part!r}; name a function of it, as {place}:name")
         found = getattr(found, part)
     if not callable(found) and not isinstance(found, Pipeline):
-        raise UsageError(
-            f"target {target!r} is {found!r}, which cannot be called; name a function or Pipeline"
-        )
+        raise UsageError(f"{what} is {found!r}, which cannot be called; name a function or Pipeline")
     return found
 
 
