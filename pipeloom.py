@@ -3508,10 +3508,9 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
         raise DatabaseError(db_path, "does not exist", "name the file that a run has made, with --db")
     side_files = [db_path + end for end in ("-wal", "-journal")]
     idle = not any(map(os.path.exists, side_files))
-    conn = _connect_readonly(db_path, idle=idle)
-    conn.row_factory = sqlite3.Row
     try:
-        status = _query_status(conn, db_path, limit, failed)
+        with _connect_readonly(db_path, idle=idle) as conn:
+            status = _query_status(conn, db_path, limit, failed)
     except sqlite3.Error as error:
         if _is_lock(error):
             raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
@@ -3520,14 +3519,13 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
         if "no such table" in str(error) and _RunLock.is_held(db_path):  # a run is about to make it
             return {"database": db_path, "counts": {}, "run": None, "tasks": []}
         raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
-    finally:
-        conn.close()
     if idle and any(map(os.path.exists, side_files)):  # a run has begun meanwhile: read what it commits
         return read_status(db_path, limit, failed)
     return status
 
 
 def _query_status(conn: sqlite3.Connection, db_path: str, limit: int, failed: bool) -> dict[str, Any]:
+    conn.row_factory = sqlite3.Row
     counts = dict(conn.execute(COUNT_BY_STATUS).fetchall())
     where = "WHERE status IN ('error', 'cancelled')" if failed else ""
     tasks = [dict(row) for row in conn.execute(LATEST_TASKS.format(where), (limit,))]
