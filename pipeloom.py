@@ -60,7 +60,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -3778,10 +3778,8 @@ def _argument(text: str) -> tuple[str, Any]:
     if value.lower() in ("true", "false"):
         return key, value.lower() == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return key, kind(value)
-        except ValueError:
-            continue
     return key, value
 
 
@@ -3789,13 +3787,11 @@ def _check_arguments(function: Any, arguments: dict[str, Any]) -> None:
     from inspect import signature
 
     try:
-        signature(function).bind(**arguments)
+        with suppress(ValueError):  # of a builtin that does not tell its parameters
+            signature(function).bind(**arguments)
     except TypeError as error:
-        raise UsageError(
-            f"--arg: {getattr(function, '__name__', function)} has a {error}; see its parameters"
-        ) from error
-    except ValueError:  # a builtin that does not tell its parameters
-        return
+        name = getattr(function, "__name__", function)
+        raise UsageError(f"--arg: {name} has a {error}; see its parameters") from error
 
 
 def _load_target(target: str) -> Any:
@@ -3931,13 +3927,8 @@ def _names_of(stage: _Stage) -> Iterator[str]:
 
 
 def _summary(path: str, result: RunResult) -> str:
-    counts = [
-        (result.done, DONE),
-        (result.skipped, "skipped"),
-        (result.error, "failed"),
-        (result.cancelled, CANCELLED),
-    ]
-    parts = [f"{n:,} {word}" for n, word in counts if n or word == DONE]
+    rest = {"skipped": result.skipped, "failed": result.error, "cancelled": result.cancelled}
+    parts = [f"{result.done:,} done", *(f"{number:,} {word}" for word, number in rest.items() if number)]
     lines = [f"{', '.join(parts)} in {result.elapsed:.1f} s; database {path}"]
     if result.error:
         plural = "s" if len(result.causes) != 1 else ""
@@ -3971,11 +3962,8 @@ def _cmd_init_db(args: Any) -> int:
         raise UsageError("--db ':memory:' would be gone at once; name a file")
     _check_database(args.db)
     try:
-        conn = connect(args.db)
-        try:
+        with closing(connect(args.db)) as conn:
             init_schema(conn, store_task_status=True)
-        finally:
-            conn.close()
     except sqlite3.Error as error:
         raise DatabaseError(args.db, f"cannot be used: {error}", "try again later, or use another") from error
     _say(f"database {args.db} has the tables task_runs and pipeline_runs")
