@@ -1402,11 +1402,11 @@ class _TerminalBars(_Board):
 
     def __init__(self, lines: Lines) -> None:
         super().__init__()
-        self._screen = _Screen(self.stream, self.bars, lines)
+        self._lines = lines
 
     def start(self, total: int | None) -> None:
         super().start(total)
-        self._screen.open()
+        self._screen = _Screen(self.stream, self.bars, self._lines)
 
     def stop(self, result: Any) -> None:
         self.running.clear()
@@ -1536,11 +1536,8 @@ class _Screen:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipeloom-display", daemon=True)
         self._stand_ins: list[_Above] = []
-        self._draws = False  # else whoever has lines writes them himself; guarded by the lock
-
-    def open(self) -> None:
-        if self.terminal.acquire(blocking=False):
-            self._draws = True
+        self._draws = self.terminal.acquire(blocking=False)  # else who has lines writes them; under the lock
+        if self._draws:
             try:
                 self._thread.start()
             except RuntimeError:  # the system has no thread left
@@ -1549,7 +1546,7 @@ class _Screen:
 
     def close(self) -> None:
         """Draw a last time; a terminal that blocks (Ctrl-S) is left behind."""
-        if self._thread.ident is None:  # it never opened
+        if self._thread.ident is None:  # it never began
             return
         self._over.set()
         self._thread.join(2)
@@ -1768,8 +1765,7 @@ class _AnsiProgress:
             if self not in self._shown:
                 self._shown.append(self)
             if self._screen is None and _is_terminal(sys.stderr):
-                _AnsiProgress._screen = screen = _Screen(sys.stderr, self._bars, _lines)
-                screen.open()
+                _AnsiProgress._screen = _Screen(sys.stderr, self._bars, _lines)
 
     def stop(self) -> None:
         """Leave the bars on the screen as they are, or clear them if they are transient."""
