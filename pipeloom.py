@@ -1386,15 +1386,14 @@ class _LogLines(_Board):
 
     def _tick(self) -> None:
         try:
-            while not self._over.wait(LOG_EVERY):
-                self._write(f"  {len(self.running):,} running")
-            self._write("")
+            over = False
+            while not over:
+                over = self._over.wait(LOG_EVERY)
+                tail = "" if over else f"  {len(self.running):,} running"
+                self.stream.write(f"pipeloom: {self.overall().text}{tail}\n")
+                self.stream.flush()
         except (OSError, ValueError) as error:  # a closed pipe: the run goes on without
             logger.debug("the log lines are off: %s", _describe(error))
-
-    def _write(self, tail: str) -> None:
-        self.stream.write(f"pipeloom: {self.overall().text}{tail}\n")
-        self.stream.flush()
 
 
 class _TerminalBars(_Board):
@@ -1465,10 +1464,9 @@ def _fit(text: str, width: int) -> str:
         if char in "\u200d\ufe0e\ufe0f" or "\U0001f3fb" <= char <= "\U0001f3ff":
             continue  # they join or tint what stands before them, and terminals disagree how wide that is
         char = char if char.isprintable() else " " if char.isspace() else "?"
-        used += _cells(char)
-        if used > width:
-            used -= _cells(char)
+        if used + _cells(char) > width:
             break
+        used += _cells(char)
         line.append(char)
     return "".join(line) + " " * (width - used)
 
@@ -1483,13 +1481,12 @@ class _Style:
 
     def __init__(self, stream: Any) -> None:
         self.colour = not os.environ.get("NO_COLOR")
-        encoding = getattr(stream, "encoding", None) or "ascii"
+        self.encoding = getattr(stream, "encoding", None) or "ascii"
         try:
-            "━".encode(encoding)
+            "━".encode(self.encoding)
             self.full, self.empty = "━", " " if not self.colour else "━"
         except (UnicodeError, LookupError):
             self.full, self.empty = "#", "."
-        self.encoding = encoding
 
     def bar(self, fraction: float, width: int) -> str:
         filled = int(fraction * width)
@@ -1749,11 +1746,9 @@ class _AnsiProgress:
                 bar.name = _without_markup(given["description"])
 
     def advance(self, task_id: int, advance: float = 1) -> None:
-        """Move a bar on."""
         self.update(task_id, advance=advance)
 
     def remove_task(self, task_id: int) -> None:
-        """Take a bar away, if it is there."""
         self.tasks.pop(task_id, None)
 
     def refresh(self) -> None:
