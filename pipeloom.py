@@ -3533,22 +3533,16 @@ def _status_text(status: dict[str, Any]) -> str:
     if status["tasks"]:
         lines.append(f"{'id':>6} {'status':<10} {'progress':>8}  {'name':<28} message")
     for task in status["tasks"]:
-        name, message = _fit(task["name"], 28), (task["message"] or "").split("\n")[0]
-        line = (
-            f"{task['id']:>6} {task['status']:<10} {task['progress'] or 0:>8.0%}  {name} {_fit(message, 100)}"
-        )
-        lines.append(line.rstrip())
+        start = f"{task['id']:>6} {task['status']:<10} {task['progress'] or 0:>8.0%}"
+        message = (task["message"] or "").split("\n")[0]
+        lines.append(f"{start}  {_fit(task['name'], 28)} {_fit(message, 100)}".rstrip())
     counts = status["counts"]
     known = [f"{counts[s]:,} {s}" for s in (QUEUED, RUNNING, *FINAL) if counts.get(s)]
     lines.append(", ".join(known) or "no tasks")
     run = status["run"]
     if run:
-        ended = (
-            f", ended {run['finished_at']}"
-            if run["finished_at"]
-            else f" as process {run['pid']} on {run['host']}"
-        )
-        lines.append(f"last run: {run['status']}, started {run['started_at']}{ended}")
+        end = ", ended {finished_at}" if run["finished_at"] else " as process {pid} on {host}"
+        lines.append(("last run: {status}, started {started_at}" + end).format(**run))
     return "\n".join(lines)
 
 
