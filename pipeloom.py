@@ -3560,11 +3560,6 @@ def demo_worker(task: Task, q: Any) -> None:
     q.put(MsgTaskFinished(task.task_id, DONE, _now(), result=f"ok:{task.name}", message="completed"))
 
 
-def _demo_tasks(number: int, failing: int) -> list[Task]:
-    names = [f"task-{id}{'!' if id <= failing else ''}" for id in range(1, number + 1)]
-    return [Task(id, name, steps=10 + 7 * id % 21) for id, name in enumerate(names, 1)]
-
-
 # ---- Command line: data to stdout, everything else to stderr -------------------------------------------
 
 
@@ -3738,7 +3733,8 @@ def _number_from(low: int) -> Callable[[str], int]:
 
 
 def _cmd_demo(args: Any) -> int:
-    tasks = _demo_tasks(args.num_tasks, args.fail)
+    names = [f"task-{id}{'!' if id <= args.fail else ''}" for id in range(1, args.num_tasks + 1)]
+    tasks = [Task(id, name, steps=10 + 7 * id % 21) for id, name in enumerate(names, 1)]
     workers = args.workers or min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
     options = {"workers": workers, "wal": not args.no_wal, "worker_fn": demo_worker}
     return _Session(args).call(lambda: run_pipeline(tasks, args.db, **options))
