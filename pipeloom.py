@@ -3577,8 +3577,7 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
     with _signals_taken():
         try:
             _setup_logging_of(args)
-            code: int = args.command(args)
-            return code
+            return int(args.command(args))
         except PipeloomError as error:
             _say(f"pipeloom: {error}")
             return 75 if isinstance(error, RunInProgress) else 2
@@ -3599,11 +3598,10 @@ def _print(text: str) -> None:
     """A line of data to stdout."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `| head`: stdout is gone, and flushing it at exit would say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise UsageError(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # flushing stdout at exit would say it again
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            raise UsageError(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
 
 
 def _setup_logging_of(args: Any) -> None:
@@ -3611,9 +3609,8 @@ def _setup_logging_of(args: Any) -> None:
     try:
         setup_logging(getattr(args, "verbose", 0), log_file)
     except OSError as error:
-        raise UsageError(
-            f"--log-file {log_file!r} cannot be written: {error.strerror}; name another"
-        ) from error
+        what = f"--log-file {log_file!r} cannot be written"
+        raise UsageError(f"{what}: {error.strerror}; name another") from error
 
 
 @contextmanager
