@@ -3738,13 +3738,20 @@ def _cmd_demo(args: Any) -> int:
 
 
 def _cmd_run(args: Any) -> int:
+    from inspect import signature
+
     arguments = dict(_argument(text) for text in args.arg)
     function = _load_target(args.target)
     if isinstance(function, Pipeline):
         if arguments:
             raise UsageError(f"--arg: {args.target} is a Pipeline, which takes none; name a function instead")
         function = function.run
-    _check_arguments(function, arguments)
+    try:
+        with suppress(ValueError):  # of a builtin that does not tell its parameters
+            signature(function).bind(**arguments)
+    except TypeError as error:
+        name = getattr(function, "__name__", function)
+        raise UsageError(f"--arg: {name} has a {error}; see its parameters") from error
     return _Session(args).call(lambda: function(**arguments))
 
 
@@ -3759,17 +3766,6 @@ def _argument(text: str) -> tuple[str, Any]:
         with suppress(ValueError):
             return key, kind(value)
     return key, value
-
-
-def _check_arguments(function: Any, arguments: dict[str, Any]) -> None:
-    from inspect import signature
-
-    try:
-        with suppress(ValueError):  # of a builtin that does not tell its parameters
-            signature(function).bind(**arguments)
-    except TypeError as error:
-        name = getattr(function, "__name__", function)
-        raise UsageError(f"--arg: {name} has a {error}; see its parameters") from error
 
 
 def _load_target(target: str) -> Any:
