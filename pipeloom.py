@@ -3483,12 +3483,6 @@ def _check_cycles(before: Mapping[str, Iterable[str]]) -> None:
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
 
-COUNT_BY_STATUS = "SELECT status, count(*) FROM task_runs GROUP BY status"
-LAST_RUN = "SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1"
-LATEST_TASKS = (
-    "SELECT * FROM task_runs {} ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
-)
-
 
 def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str, Any]:
     """The counts, the last run and the latest tasks of a database, as plain values. Any thread may call it.
@@ -3517,12 +3511,13 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
 
 def _query_status(conn: sqlite3.Connection, db_path: str, limit: int, failed: bool) -> dict[str, Any]:
     conn.row_factory = sqlite3.Row
-    counts = dict(conn.execute(COUNT_BY_STATUS).fetchall())
+    counts = dict(conn.execute("SELECT status, count(*) FROM task_runs GROUP BY status").fetchall())
     where = "WHERE status IN ('error', 'cancelled')" if failed else ""
-    tasks = [dict(row) for row in conn.execute(LATEST_TASKS.format(where), (limit,))]
-    has_runs = conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone()
-    last = conn.execute(LAST_RUN).fetchone() if has_runs else None
-    run = dict(last) if last else None
+    latest = "ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
+    tasks = [dict(row) for row in conn.execute(f"SELECT * FROM task_runs {where} {latest}", (limit,))]
+    run = None
+    if conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone():
+        run = next(map(dict, conn.execute("SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1")), None)
     if run and run["status"] == RUNNING and not _RunLock.is_held(db_path):
         run["status"] = "interrupted"  # its process is gone; the next run will say so in the database
     return {"database": db_path, "counts": counts, "run": run, "tasks": tasks}
@@ -3907,9 +3902,8 @@ def _summary(path: str, result: RunResult) -> str:
     if result.error:
         plural = "s" if len(result.causes) != 1 else ""
         lines.append(f"{result.error:,} failed, {len(result.causes):,} cause{plural}:")
-    first = {failure.cause: failure for failure in reversed(result.failures)}
     for cause, number in sorted(result.causes.items(), key=lambda item: -item[1])[:10]:
-        failure = first[cause]
+        failure = next(failure for failure in result.failures if failure.cause == cause)
         name, message = _cut(failure.task, NAME_WIDTH), _cut(failure.message, 200)
         more = f" and {number - 1:,} more" if number > 1 else ""
         where = f" ({cause.partition(' at ')[2]})" if cause != failure.message else ""
