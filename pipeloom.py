@@ -1712,10 +1712,7 @@ def _best_display() -> str:
 
 
 class _AnsiProgress:
-    """Looks like rich.progress.Progress where that cannot be imported. Any thread may call it.
-
-    All that are started are shown in one block.
-    """
+    """Rich's Progress where that is missing; all started ones share a block. Any thread may call it."""
 
     _shown: list[_AnsiProgress] = []
     _screen: _Screen | None = None
