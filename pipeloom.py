@@ -3492,7 +3492,16 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
     idle = not any(map(os.path.exists, side_files))
     try:
         with _connect_readonly(db_path, idle=idle) as conn:
-            status = _query_status(conn, db_path, limit, failed)
+            conn.row_factory = sqlite3.Row
+            counts = dict(conn.execute("SELECT status, count(*) FROM task_runs GROUP BY status").fetchall())
+            where = "WHERE status IN ('error', 'cancelled')" if failed else ""
+            latest = "ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
+            tasks = [dict(row) for row in conn.execute(f"SELECT * FROM task_runs {where} {latest}", (limit,))]
+            run = None
+            if conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone():
+                run = next(
+                    map(dict, conn.execute("SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1")), None
+                )
     except sqlite3.Error as error:
         if _is_lock(error):
             raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
@@ -3503,18 +3512,6 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
         raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
     if idle and any(map(os.path.exists, side_files)):  # a run has begun meanwhile: read what it commits
         return read_status(db_path, limit, failed)
-    return status
-
-
-def _query_status(conn: sqlite3.Connection, db_path: str, limit: int, failed: bool) -> dict[str, Any]:
-    conn.row_factory = sqlite3.Row
-    counts = dict(conn.execute("SELECT status, count(*) FROM task_runs GROUP BY status").fetchall())
-    where = "WHERE status IN ('error', 'cancelled')" if failed else ""
-    latest = "ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
-    tasks = [dict(row) for row in conn.execute(f"SELECT * FROM task_runs {where} {latest}", (limit,))]
-    run = None
-    if conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone():
-        run = next(map(dict, conn.execute("SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1")), None)
     if run and run["status"] == RUNNING and not _RunLock.is_held(db_path):
         run["status"] = "interrupted"  # its process is gone; the next run will say so in the database
     return {"database": db_path, "counts": counts, "run": run, "tasks": tasks}
