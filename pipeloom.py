@@ -432,6 +432,12 @@ def _is_lock(error: BaseException) -> bool:
     return "locked" in str(error)
 
 
+def _is_corrupt(error: BaseException) -> bool:
+    """Whether the file itself is damaged: nobody should write on."""
+    texts = "database disk image is malformed", "file is not a database"
+    return isinstance(error, sqlite3.DatabaseError) and str(error).startswith(texts)
+
+
 def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
     """A connection of your own, for the thread that calls; it waits up to 60 s for a lock.
 
@@ -824,6 +830,9 @@ class SQLiteWriter(threading.Thread):
     ) -> None:
         super().__init__(name="pipeloom-writer", daemon=True)
         self.db_path = os.fspath(db_path)  # type: ignore[call-overload]
+        self.path = self.db_path  # the same for whoever changes the directory
+        if self.db_path != ":memory:":
+            self.path = os.path.abspath(self.db_path)
         self.msg_q = msg_q
         self.wal = wal
         self.store = store_task_status
@@ -840,6 +849,7 @@ class SQLiteWriter(threading.Thread):
         self.opened = threading.Event()  # set once the database is open, or `error` says why not
         self.hurried = False  # set, by a signal handler too, to end the wait for a lock or a disk
         self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
+        self._file: os.stat_result | None = None  # the database's, as it was opened
         self._defers = False  # somebody references task_runs, whose rows are written last
         self._ours = False  # a transaction statement is the writer's own; see _authorize
         self._rows: dict[int, _TaskRow] = {}  # committed rows of tasks that run
@@ -918,13 +928,31 @@ class SQLiteWriter(threading.Thread):
 
     def _failure(self, error: BaseException) -> BaseException:
         opening = not self.opened.is_set()
+        try:
+            self._check_file()
+        except WriterFailed as moved:
+            error = moved
         if isinstance(error, WriterFailed) or (opening and isinstance(error, PipeloomError)):
             return error
         if opening and isinstance(error, sqlite3.Error):
             return DatabaseError(self.db_path, f"cannot be used: {error}", "restore it or use another file")
-        failure = WriterFailed(self.db_path, _describe(error), "mend the cause and run again")
+        cure = "restore a copy of it or use another file" if _is_corrupt(error) else "mend the cause"
+        failure = WriterFailed(self.db_path, _describe(error), f"{cure}, then run again")
         failure.__cause__ = error
         return failure
+
+    def _check_file(self) -> None:
+        """The name must still be that of the open file: SQLite would not notice, and write on."""
+        try:
+            if self._file is None or os.path.samestat(self._file, os.stat(self.path)):
+                return
+        except OSError:
+            pass
+        raise WriterFailed(
+            self.db_path,
+            "the file was deleted, moved or replaced during the run, and what the run stored went with it",
+            "let nobody touch the file, then run again",
+        )
 
     def _close(self) -> None:
         conn, self.conn = self.conn, None  # type: ignore[assignment]
@@ -941,7 +969,7 @@ class SQLiteWriter(threading.Thread):
 
     def _open(self) -> None:
         self._close()
-        self.conn = _open(self.db_path, wal=self.wal, timeout=0.25, isolation_level=None)
+        self.conn = _open(self.path, wal=self.wal, timeout=0.25, isolation_level=None)
         self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
         if self.durable:
             self.conn.execute("PRAGMA synchronous=FULL")
@@ -960,6 +988,7 @@ class SQLiteWriter(threading.Thread):
             if self.run_of is not None:
                 self._start_run()
         self._own(COMMIT)
+        self._file = None if self.path == ":memory:" else os.stat(self.path)
 
     def _run_schema(self) -> None:
         for statement in _statements(self.schema):
@@ -1001,9 +1030,9 @@ class SQLiteWriter(threading.Thread):
         bad: BaseException | None = None
         try:
             self._patiently(self._transaction, batch)
-        except WriterFailed:
-            raise
         except Exception as error:
+            if isinstance(error, WriterFailed) or _is_corrupt(error):
+                raise
             bad = error.reason if isinstance(error, _BadMessage) else error
         if bad is None:
             self._acknowledge()
@@ -1069,13 +1098,14 @@ class SQLiteWriter(threading.Thread):
             try:
                 self._apply(sender, message)
             except BaseException as error:  # a handler's SystemExit too
-                if _is_disk(error):
+                if _is_disk(error) or _is_corrupt(error):
                     raise
                 raise _BadMessage(error) from None
         # 3. Write each task's row once, however many messages it had, and commit.
         if self.store and self._pending:
             self._write_task_rows()
         self._own(COMMIT)
+        self._check_file()
 
     def _forget_transaction(self) -> None:
         self._pending: dict[int, _TaskRow] = {}  # task rows that this transaction writes
@@ -2013,7 +2043,7 @@ class TaskContext:
 
     def connect(self) -> sqlite3.Connection:
         """A read-only connection to the database as it is committed; its `with` block closes it."""
-        path = self._run.writer.db_path
+        path = self._run.writer.path
         if path == ":memory:":
             raise UsageError("a :memory: database cannot be read beside its writer; use a file")
         return _connect_readonly(path)
@@ -2638,7 +2668,7 @@ class _Run:
         if not self.writer.store or self.writer.db_path == ":memory:":
             return []
         if self._reader is None:
-            self._reader = _connect_readonly(self.writer.db_path, timeout=POLL)
+            self._reader = _connect_readonly(self.writer.path, timeout=POLL)
         began = time.monotonic()
         while True:
             try:

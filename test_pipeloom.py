@@ -13,8 +13,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -125,8 +129,7 @@ def python(*arguments, cwd, code=None, env=None, **options):
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         universal_newlines=True,
-        timeout=60,
-        **options,
+        **{"timeout": 60, **options},
     )
     if code is not None:
         assert done.returncode == code, done.stdout + done.stderr
@@ -134,12 +137,27 @@ def python(*arguments, cwd, code=None, env=None, **options):
 
 
 @pytest.fixture
-def home(tmp_path):
-    """An empty directory that holds only pipeloom.py, as a new user has it."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    shutil.copy(str(FILE), str(folder))
-    return folder
+def homes(tmp_path):
+    """Makes empty directories that hold only pipeloom.py, as a new user has it."""
+
+    def one():
+        folder = Path(tempfile.mkdtemp(prefix="home", dir=str(tmp_path)))
+        shutil.copy(str(FILE), str(folder))
+        return folder
+
+    return one
+
+
+@pytest.fixture
+def home(homes):
+    return homes()
+
+
+def at_once(function, cases):
+    """Call it with each case's arguments, in a thread each: most of their time is spent in waiting."""
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for future in [pool.submit(function, *case) for case in cases]:
+            future.result()
 
 
 # ---- The file itself -----------------------------------------------------------------------------------
@@ -789,52 +807,235 @@ def end(process):
     process.stdout.close()
 
 
-@pytest.mark.parametrize("wal", [True, False])
-def test_a_foreign_lock_is_waited_out_with_a_warning(db, caplog, wal):
-    run(["a"], db, nothing, wal=wal)
-    process = hold(db, 0.9)
-    try:
-        run(["b", "c"], db, nothing, wal=wal)
-    finally:
-        end(process)
-    assert [row[2] for row in rows(db)] == ["done"] * 3
-    assert "database is locked; waiting up to 300 s" in caplog.text
-
-
-def test_a_foreign_lock_that_stays_ends_the_run_with_one_clear_error(db):
-    def work(task, q):
-        if task == 1:
-            holders.append(hold(db, 60))
-        q.put(User(task, "x"))
-
+def locked_run(path, moment, seconds, **options):
+    """A run of four tasks, beside another process that holds the lock: from the start, in the middle, at the end."""
     holders = []
+
+    def work(item, q):
+        if item == moment:
+            holders.append(hold(path, seconds))
+        q.execute("INSERT INTO users VALUES (?, ?)", (str(item), "x"))
+
+    run([-1], path, nothing, schema=USERS)
+    if moment == 0:
+        holders.append(hold(path, seconds))
     try:
-        with pytest.raises(
-            pipeloom.WriterFailed, match="database is locked, still after .* pass a longer busy_timeout="
-        ):
-            run(
-                range(3000),
-                db,
-                work,
-                workers=4,
-                schema=USERS,
-                handlers={User: lambda c, m: None},
-                busy_timeout=0.5,
-            )
+        run(range(1, 5), path, work, workers=1, **options)
     finally:
         end(holders[0])
-    assert rows(db, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_foreign_lock_of_three_seconds_is_waited_out_with_one_warning(tmp_path, caplog):
+    """From the start on, from the second task's commit, and from the end of the last task, as by row 2."""
+    paths = {(wal, moment): tmp_path / f"{wal}-{moment}.db" for wal in (True, False) for moment in (0, 2, 4)}
+    at_once(lambda wal, moment: locked_run(paths[wal, moment], moment, 3, wal=wal), list(paths))
+    for path in paths.values():
+        assert [row[2] for row in rows(path)] == ["done"] * 5
+        assert rows(path, "SELECT key FROM users ORDER BY key") == [("1",), ("2",), ("3",), ("4",)]
+        (warning,) = (text for text in caplog.messages if str(path) in text)
+        assert "database is locked; waiting up to 300 s for that to pass" in warning
+
+
+def test_a_foreign_lock_that_stays_ends_the_run_with_one_clear_error(tmp_path):
+    said = "database is locked, still after .* end the program that holds it, or pass a longer busy_timeout="
+
+    def one(moment):
+        path = tmp_path / f"{moment}.db"
+        with pytest.raises(pipeloom.WriterFailed, match=said):
+            locked_run(path, moment, 60, busy_timeout=0.5)
+        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+        run(range(1, 5), path, lambda item, q: q.execute("INSERT INTO users VALUES (?, 'x')", (str(item),)),
+            resume=True)  # fmt: skip
+        assert rows(path, "SELECT key FROM users ORDER BY key") == [("1",), ("2",), ("3",), ("4",)]
+
+    at_once(one, [(0,), (2,), (4,)])
+
+
+FILL = """
+import pipeloom, resource, sys
+if len(sys.argv) > 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+pipeloom.run_pipeline(
+    range(200), "job.db", resume=True, busy_timeout=0.3, progress="none", workers=4,
+    schema="CREATE TABLE IF NOT EXISTS made(item PRIMARY KEY, text)",
+    worker_fn=lambda item, q: q.execute("INSERT INTO made VALUES (?, ?)", (item, "x" * 3000)),
+)
+"""
+
+
+@needs_posix
+def test_a_file_that_may_grow_no_more_ends_the_run_and_the_next_finishes_it(home):
+    (home / "fill.py").write_text(FILL)
+    for limit in (20_000, 100_000, 400_000):
+        done = python("fill.py", limit, cwd=home, code=1)
+        assert re.search(r"(disk I/O error|disk is full), still after .* make room on the disk", done.stderr)
+        assert rows(home / "job.db", "PRAGMA integrity_check") == [("ok",)]
+    python("fill.py", cwd=home, code=0)
+    assert rows(home / "job.db", "SELECT count(*), count(DISTINCT item) FROM made") == [(200, 200)]
+    assert rows(home / "job.db", "SELECT DISTINCT status FROM task_runs") == [("done",)]
+
+
+@contextmanager
+def small_disk(folder):
+    """A file system of 400 kB, where this user may make one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("cannot mount a small disk: not root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_with_room_the_next_finishes_it(homes, caplog):
+    def one(wal):
+        folder = homes()
+        db = folder / "job.db"
+        with small_disk(folder):
+            with pytest.raises(pipeloom.WriterFailed, match="full, still after .* make room on the disk or mend it"):
+                fill(db, wal=wal, busy_timeout=0.3)
+            stored = rows(db, "SELECT item FROM made")
+            assert rows(db, "SELECT id - 1 FROM task_runs WHERE status = 'done'") == stored
+            assert len(stored) < 200 and rows(db, "PRAGMA integrity_check") == [("ok",)]
+
+            grow = ["mount", "-o", "remount,size=40m", str(folder)]
+            room = threading.Timer(1, subprocess.run, [grow], {"check": True})  # in the middle of the next run
+            room.start()
+            result = fill(db, wal=wal)
+            room.join()
+            assert (result.done, result.skipped) == (200 - len(stored), len(stored))
+            assert rows(db, "SELECT count(*), count(DISTINCT item) FROM made") == [(200, 200)]
+
+    def fill(db, **options):
+        return run(range(200), db, work, resume=True, workers=4,
+                   schema="CREATE TABLE IF NOT EXISTS made(item PRIMARY KEY, text)", **options)  # fmt: skip
+
+    def work(item, q):
+        q.execute("INSERT INTO made VALUES (?, ?)", (item, "x" * 3000))
+
+    at_once(one, [(True,), (False,)])
+    assert caplog.text.count("full; waiting up to 10 s for that to pass") == 2
+
+
+@pytest.mark.parametrize("wal", [True, False])
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_database_file_that_is_taken_away_ends_the_run(db, how, wal):
+    def work(item, q):
+        if item == 1 and how == "deleted":
+            os.remove(str(db))
+        elif item == 1:
+            (db.parent / "other").write_text("")
+            os.replace(str(db.parent / "other"), str(db))
+
+    if os.name == "nt":
+        pytest.skip("Windows keeps an open file where it is")
+    with pytest.raises(pipeloom.WriterFailed, match="was deleted, moved or replaced during the run"):
+        run(range(10_000), db, work, workers=2, wal=wal)
+
+
+def test_a_worker_may_change_the_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def work(task, q):
+        os.chdir(str(tmp_path / "elsewhere"))
+        with q.connect() as conn:
+            return conn.execute("SELECT count(*) FROM task_runs").fetchone()[0]
+
+    assert run(["a"], "job.db", work).done == 1
+    assert rows("../job.db", "SELECT result FROM task_runs") == [("1",)]
+
+
+@pytest.mark.parametrize("table", ["users", "task_runs"])
+def test_damaged_pages_end_the_run_with_one_clear_error(db, table):
+    run(range(2_000), db, lambda item, q: q.execute("INSERT INTO users VALUES (?, ?)", (str(item), "x" * 80)),
+        schema=USERS)  # fmt: skip
+    (root,) = rows(db, "SELECT rootpage FROM sqlite_master WHERE name = ?", table)[0]
+    with db.open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    error = pipeloom.WriterFailed if table == "users" else pipeloom.DatabaseError
+    with pytest.raises(error, match="malformed; restore (it|a copy of it) or use another file"):
+        run(["new"] * 100, db, lambda item, q: q.execute("INSERT INTO users VALUES ('new', '')"))
+
+
+def test_a_file_system_without_shared_memory_gets_another_journal_and_a_warning(db, monkeypatch, caplog):
+    def connect_without(path, **options):  # SQLite's own file system for such places
+        return connect(f"file:{path}?vfs=unix-dotfile", uri=True, **options)
+
+    if os.name == "nt":
+        pytest.skip("SQLite has unix-dotfile on Unix only")
+    connect = sqlite3.connect
+    conn = pipeloom.connect("")  # a temporary database has no WAL either
+    conn.close()
+    assert "journal mode is delete, as WAL is not to be had here" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(pipeloom.sqlite3, "connect", connect_without)
+    run(["a", "b"], db, nothing)
+    monkeypatch.undo()
+    assert "journal mode is delete, as WAL is not to be had here" in caplog.text
+    assert [row[2] for row in rows(db)] == ["done"] * 2
+
+
+NO_MEMORY = """
+import pipeloom, sqlite3, sys
+if len(sys.argv) > 1:
+    sqlite3.connect(":memory:").execute("PRAGMA hard_heap_limit=" + sys.argv[1])  # of the whole process
+pipeloom.run_pipeline(
+    range(3000), "job.db", resume=True, progress="none", workers=4,
+    schema="CREATE TABLE IF NOT EXISTS made(item PRIMARY KEY, text)",
+    worker_fn=lambda item, q: q.execute("INSERT INTO made VALUES (?, ?)", (item, "x" * 100)),
+)
+"""
+
+
+@pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 31), reason="this SQLite has no limit on its memory")
+def test_without_memory_the_run_ends_and_the_next_finishes_it(home):
+    (home / "job.py").write_text(NO_MEMORY)
+    for limit in (200_000, 500_000, 900_000):
+        done = python("job.py", limit, cwd=home, code=1)
+        assert "gave up: MemoryError" in done.stderr or "cannot be" in done.stderr
+    python("job.py", cwd=home, code=0)
+    assert rows(home / "job.db", "SELECT count(*), count(DISTINCT item) FROM made") == [(3000, 3000)]
+    assert rows(home / "job.db", "SELECT DISTINCT status FROM task_runs") == [("done",)]
+
+
+def test_statements_that_are_interrupted_are_taken_again(db):
+    """As by a connection's interrupt(), which any thread may call."""
+
+    class Known(SQLiteWriter):
+        def _open(self):
+            super()._open()
+            writers.append(self)
+
+    def interrupt():
+        while not over.wait(0.0005):
+            for conn in [writer.conn for writer in writers if writer.conn]:
+                conn.interrupt()
+                interrupted.append(True)
+
+    writers, interrupted, over = [], [], threading.Event()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        result = run(range(1000), db, lambda item, q: q.executemany("INSERT INTO users VALUES (?, '')",
+                     [(f"{item}-{k}",) for k in range(20)]), schema=USERS, writer=Known, workers=2)  # fmt: skip
+    finally:
+        over.set()
+        thread.join(WAIT)
+    assert result.done == 1000 and interrupted
+    assert rows(db, "SELECT count(*) FROM users") == [(20_000,)]
 
 
 class Failing:
-    """A connection whose Nth statement of the kind raises an error of SQLite."""
+    """A connection whose Nth statement raises an error of SQLite, or each from there on."""
 
-    def __init__(self, conn, nth, error):
-        self.conn, self.left, self.error = conn, nth, error
+    def __init__(self, conn, nth, error, forever):
+        self.conn, self.left, self.error, self.forever = conn, nth, error, forever
 
     def execute(self, *arguments):
         self.left -= 1
-        if self.left == 0:
+        if self.left == 0 or (self.left < 0 and self.forever):
             raise self.error
         return self.conn.execute(*arguments)
 
@@ -842,34 +1043,49 @@ class Failing:
         return getattr(self.conn, name)
 
 
-@pytest.mark.parametrize("text", ["database or disk is full", "database is locked", "SQL logic error"])
-def test_whichever_statement_fails_the_run_ends_honestly(tmp_path, text):
+@pytest.mark.parametrize("forever", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("database or disk is full"),
+        sqlite3.OperationalError("disk I/O error"),
+        sqlite3.OperationalError("database is locked"),
+        sqlite3.OperationalError("interrupted"),
+        sqlite3.OperationalError("SQL logic error"),
+        sqlite3.DatabaseError("database disk image is malformed"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_whichever_statement_fails_the_run_ends_honestly(tmp_path, error, forever):
     """SQLite's own anomaly method: let the 1st, 2nd, 3rd... statement fail until a run gets through."""
-    for nth in range(1, 200):
+
+    def one(nth):
         path = tmp_path / f"{nth}.db"
+        failing = Failing(None, nth, error, forever)
 
         class Anomaly(SQLiteWriter):
-            def _open(self, nth=nth):
+            def _open(self):
                 super()._open()
-                if not hasattr(self, "failing"):
-                    self.failing = Failing(self.conn, nth, sqlite3.OperationalError(text))
-                    self.conn = self.failing
+                self.hurried = forever  # what stays needs no patience
+                failing.conn, self.conn = self.conn, failing
 
+        result = None
         try:
-            run(list("abc"), path, lambda t, q: q.put(User(t, "x")), writer=Anomaly, schema=USERS,
-                handlers={User: insert_user}, workers=1)  # fmt: skip
-            failed = False
-        except pipeloom.PipeloomError:
-            failed = True
+            result = run(list("abc"), path, lambda t, q: q.put(User(t, "x")), writer=Anomaly, schema=USERS,
+                         handlers={User: insert_user}, workers=1, check=False)  # fmt: skip
+        except pipeloom.WriterFailed as failure:
+            assert str(error) in str(failure)
         assert rows(path, "PRAGMA integrity_check") == [("ok",)]
         done = {name for _, name, status in rows(path) if status == "done"}
         assert {key for (key,) in rows(path, "SELECT key FROM users")} == done
-        if not failed:
-            assert done == set("abc")
-            if nth > 40:
-                break
-    else:
-        pytest.fail("no run got through")
+        if result:  # then it speaks of every task, and what it says is stored
+            assert result.done == len(done) and result.done + result.error == 3
+            assert {failure.task for failure in result.failures} == set("abc") - done
+        if nth == 40:
+            assert failing.left > 0 and result.ok, "no run got through"
+
+    at_once(one, [(nth,) for nth in range(1, 41)])
 
 
 def test_the_writer_dies_and_no_worker_stays_blocked(db):
@@ -1056,11 +1272,14 @@ def test_bars_and_log_lines_share_a_terminal_and_only_the_overall_bar_stays(home
 
 
 @needs_posix
-@pytest.mark.parametrize("size", [(5, 20), (1, 1)])
-def test_a_tiny_window_harms_nothing(home, size):
-    (home / "t.py").write_text(TERMINAL_PROGRAM)
-    code, _ = on_terminal(["t.py"], ["ansi", "8"], home, size=size)
-    assert code == 0 and [row[2] for row in rows(home / "t.db")] == ["done"] * 12
+def test_a_tiny_window_harms_nothing(homes):
+    def one(size):
+        home = homes()
+        (home / "t.py").write_text(TERMINAL_PROGRAM)
+        code, _ = on_terminal(["t.py"], ["ansi", "8"], home, size=size)
+        assert code == 0 and [row[2] for row in rows(home / "t.db")] == ["done"] * 12
+
+    at_once(one, [((5, 20),), ((1, 1),)])
 
 
 @needs_posix
@@ -1148,13 +1367,13 @@ def test_a_terminal_that_stands_still_keeps_no_signal_from_ending_the_run(home):
 
 
 CLOSED_STREAMS = """
-python -m pipeloom demo -n 3 --db 1.db 2>&-; echo $? >1 &
-(python -m pipeloom demo -n 2 --db 2.db; echo $? >2) 2>&1 | head -c 1 >out &
-(python -m pipeloom demo -n 3 --fail 1 --db 3.db; echo $? >3) 2>&1 | true &
-python -m pipeloom status --db nothing.db 2>&- >nothing; echo $? >4 &
-python -m pipeloom init-db --db 5.db && python -m pipeloom status --db 5.db >/dev/full 2>said; echo $? >5 &
-python -m pipeloom demo -n 2 --db 6.db 2>/dev/full; echo $? >6 &
-python -m pipeloom demo -n 2 --db 7.db >&- 2>&- <&-; echo $? >7 &
+(python -m pipeloom demo -n 3 --db 1.db 2>&-; echo $? >1) &
+((python -m pipeloom demo -n 2 --db 2.db; echo $? >2) 2>&1 | head -c 1 >out) &
+((python -m pipeloom demo -n 3 --fail 1 --db 3.db; echo $? >3) 2>&1 | true) &
+(python -m pipeloom status --db nothing.db 2>&- >nothing; echo $? >4) &
+(python -m pipeloom init-db --db 5.db && python -m pipeloom status --db 5.db >/dev/full 2>said; echo $? >5) &
+(python -m pipeloom demo -n 2 --db 6.db 2>/dev/full; echo $? >6) &
+(python -m pipeloom demo -n 2 --db 7.db >&- 2>&- <&-; echo $? >7) &
 wait
 """
 
@@ -1534,12 +1753,16 @@ def test_an_iterator_that_raises_ends_the_run_after_what_runs_has_finished(db):
 def test_memory_does_not_grow_with_the_number_of_tasks(home):
     program = """if 1:
         import pipeloom, resource, sys
-        pipeloom.run_pipeline((n for n in range(int(sys.argv[1]))), "m.db", worker_fn=lambda t, q: None, progress="none", workers=4)
+        n = int(sys.argv[1])
+        pipeloom.run_pipeline(iter(range(n)), f"{n}.db", worker_fn=lambda t, q: None, progress="none", workers=4)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-    few = int(python("-c", program, "1000", cwd=home, code=0).stdout)
-    many = int(python("-c", program, "40000", cwd=home, code=0).stdout)
-    assert rows(home / "m.db", "SELECT count(*) FROM task_runs WHERE status = 'done'") == [(40_000,)]
-    assert many < few + 10 * 1024  # KiB
+    peaks = {}
+    at_once(
+        lambda n: peaks.update({n: int(python("-c", program, n, cwd=home, code=0).stdout)}),
+        [(1_000,), (40_000,)],
+    )
+    assert rows(home / "40000.db", "SELECT count(*) FROM task_runs WHERE status = 'done'") == [(40_000,)]
+    assert peaks[40_000] < peaks[1_000] + 10 * 1024  # KiB
 
 
 @pytest.mark.parametrize(
@@ -1815,39 +2038,41 @@ finally:
 
 
 @needs_posix
-@pytest.mark.parametrize(
-    "number, times, mode, code",
-    [
-        (signal.SIGINT, 1, "finishes", -signal.SIGINT),
-        (signal.SIGINT, 1, "blocks", -signal.SIGINT),
-        (signal.SIGINT, 2, "hangs", -signal.SIGINT),
-        (signal.SIGTERM, 1, "finishes", -signal.SIGTERM),
-        (signal.SIGHUP, 2, "hangs", -signal.SIGHUP),
-    ],
-)
-def test_a_signal_lets_what_runs_finish_and_a_second_one_leaves_at_once(home, number, times, mode, code):
-    (home / "s.py").write_text(SLEEPER)
-    process = subprocess.Popen(
-        [sys.executable, "s.py", mode],
-        cwd=str(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    threading.Event().wait(0.2)  # in Python, a signal just before a system call that blocks goes unnoticed
-    process.send_signal(number)
-    for _ in range(times - 1):
-        assert "nothing new starts" in process.stderr.readline()
+def test_a_signal_lets_what_runs_finish_and_a_second_one_leaves_at_once(homes):
+    def one(number, times, mode):
+        home = homes()
+        (home / "s.py").write_text(SLEEPER)
+        process = subprocess.Popen(
+            [sys.executable, "s.py", mode], cwd=str(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True,
+        )  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        threading.Event().wait(
+            0.2
+        )  # in Python, a signal just before a system call that blocks goes unnoticed
         process.send_signal(number)
-    output, errors = process.communicate(timeout=30)
-    assert process.returncode == code, errors
-    stored = {row[0]: row[2] for row in rows(home / "s.db")}
-    assert set(stored.values()) <= {"done", "cancelled"}
-    done = sorted(int(name) for _, name, status in rows(home / "s.db") if status == "done")
-    assert [x for (x,) in rows(home / "s.db", "SELECT x FROM t ORDER BY x")] == done
-    assert mode != "hangs" or not done
-    assert rows(home / "s.db", "SELECT status FROM pipeline_runs") == [("cancelled",)]
+        for _ in range(times - 1):
+            assert "nothing new starts" in process.stderr.readline()
+            process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+        assert process.returncode == -number, errors
+        stored = {row[0]: row[2] for row in rows(home / "s.db")}
+        assert set(stored.values()) <= {"done", "cancelled"}
+        done = sorted(int(name) for _, name, status in rows(home / "s.db") if status == "done")
+        assert [x for (x,) in rows(home / "s.db", "SELECT x FROM t ORDER BY x")] == done
+        assert mode != "hangs" or not done
+        assert rows(home / "s.db", "SELECT status FROM pipeline_runs") == [("cancelled",)]
+
+    at_once(
+        one,
+        [
+            (signal.SIGINT, 1, "finishes"),
+            (signal.SIGINT, 1, "blocks"),
+            (signal.SIGINT, 2, "hangs"),
+            (signal.SIGTERM, 1, "finishes"),
+            (signal.SIGHUP, 2, "hangs"),
+        ],
+    )
 
 
 @needs_posix
@@ -2863,15 +3088,19 @@ def one_run():  # in a process of its own, killed at a random moment; whether it
         code = 70
         try:
             code = pipeloom._execute(pipeloom._pipeline_parser(pipeline()), ["--resume"])
+        except KeyboardInterrupt:  # before the run, or after
+            code = 130
+        except SystemExit as exit:
+            code = exit.code
         finally:
             os._exit(code)
-    time.sleep(random.random() ** 2 * 0.25)
-    try:
-        os.kill(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    numbers = [signal.SIGKILL] if sys.argv[3] == "SIGKILL" else random.choices(numbers, k=random.randint(1, 3))
+    for number in numbers:
+        time.sleep(random.random() ** 2 * 0.25)
+        os.kill(child, number)  # which is not gone, as nobody has waited for it
     status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
+    assert status == 0 or status in numbers or (status >> 8) - 128 in numbers, (status, numbers)
     return status == 0
 
 def check():
@@ -2898,20 +3127,19 @@ print(kills, "kills", finished, "databases")
 
 
 @needs_posix
-def test_killed_at_random_moments_and_resumed_every_row_is_there_exactly_once(home):
-    """PIPELOOM_KILLS=1000 makes it a long one."""
-    kills, seed = os.environ.get("PIPELOOM_KILLS", "34"), os.getpid()
-    (home / "killed.py").write_text(KILLED)
-    faulthandler.dump_traceback_later(60 + int(kills), exit=True)
-    done = subprocess.run(
-        [sys.executable, "killed.py", kills, str(seed)],
-        cwd=str(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=60 + int(kills),
-    )
-    assert done.returncode == 0, (seed, done.stderr.decode()[-3000:])
-    print(done.stdout.decode())
+def test_killed_at_random_moments_and_resumed_every_row_is_there_exactly_once(homes):
+    """By SIGKILL, and by one to three of the signals that end a run. PIPELOOM_KILLS=1000 makes it a long one."""
+    kills = int(os.environ.get("PIPELOOM_KILLS", "36"))
+    faulthandler.dump_traceback_later(60 + kills, exit=True)
+
+    def one(number, how):
+        home, seed = homes(), os.getpid() + number
+        (home / "killed.py").write_text(KILLED)
+        done = python("killed.py", kills // 2, seed, how, cwd=home, timeout=60 + kills)
+        assert done.returncode == 0, (seed, done.stderr[-3000:])
+        print(done.stdout)
+
+    at_once(one, [(0, "SIGKILL"), (1, "SIGKILL"), (2, "signals")])
 
 
 # ---- Status and the command line -----------------------------------------------------------------------
@@ -2927,23 +3155,24 @@ def quiet_root():
     pipeloom._remove_handlers()
 
 
-@pytest.mark.parametrize("how", ["-m pipeloom", "pipeloom.py", "-m repo.vendor.pipeloom", "from a zip"])
-def test_the_demo_works_at_once_in_an_empty_directory(home, how):
-    start = how.split()
-    if how == "-m repo.vendor.pipeloom":
-        (home / "repo" / "vendor").mkdir(parents=True)
-        shutil.move(str(home / "pipeloom.py"), str(home / "repo" / "vendor"))
-    elif how == "from a zip":
-        import zipfile
+def test_the_demo_works_at_once_in_an_empty_directory(homes):
+    def one(how):
+        home, start = homes(), how.split()
+        if how == "-m repo.vendor.pipeloom":
+            (home / "repo" / "vendor").mkdir(parents=True)
+            shutil.move(str(home / "pipeloom.py"), str(home / "repo" / "vendor"))
+        elif how == "from a zip":
+            with zipfile.ZipFile(str(home / "app.zip"), "w") as file:
+                file.write(str(home / "pipeloom.py"), "pipeloom.py")
+                file.writestr("__main__.py", "import sys, pipeloom; sys.exit(pipeloom.main())")
+            (home / "pipeloom.py").unlink()
+            start = ["app.zip"]
+        done = python(*start, "demo", "--fail", "2", "-n", "4", cwd=home, code=1)
+        assert "2 done, 2 failed" in done.stderr
+        assert "RuntimeError: this task was asked to fail" in done.stderr
+        assert sorted(row[2] for row in rows(home / "wal_demo.db")) == ["done"] * 2 + ["error"] * 2
 
-        with zipfile.ZipFile(str(home / "app.zip"), "w") as file:
-            file.write(str(home / "pipeloom.py"), "pipeloom.py")
-            file.writestr("__main__.py", "import sys, pipeloom; sys.exit(pipeloom.main())")
-        (home / "pipeloom.py").unlink()
-        start = ["app.zip"]
-    done = python(*start, "demo", "--fail", "2", "-n", "4", cwd=home, code=1)
-    assert "2 done, 2 failed" in done.stderr and "RuntimeError: this task was asked to fail" in done.stderr
-    assert sorted(row[2] for row in rows(home / "wal_demo.db")) == ["done"] * 2 + ["error"] * 2
+    at_once(one, [("-m pipeloom",), ("pipeloom.py",), ("-m repo.vendor.pipeloom",), ("from a zip",)])
 
 
 EVERYTHING = """
@@ -2966,27 +3195,22 @@ if __name__ == "__main__": pipe.main()
 """
 
 
-@pytest.mark.parametrize(
-    "how, progress",
-    [
-        ("-I", "log"),
-        ("-OO", "ansi"),
-        ("-X dev -W error", "ansi"),
-        ("-S -X utf8=0", "log"),
-        pytest.param("-X dev", "rich", marks=needs_rich),
-    ],
-)
-def test_it_works_in_every_mode_of_the_interpreter_without_a_warning(home, how, progress):
-    (home / "e.py").write_text(EVERYTHING)
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
-    start = [*how.split(), "pipeloom.py", "run"]
-    done = python(*start, "e.py", "--progress", progress, cwd=home, code=1, env=env)
-    said = done.stderr[done.stderr.index("6 done, 1 failed, 1 cancelled in ") :].splitlines()
-    assert len(said) == 4 and said[2] == "  hangs: timed out after 0.1 s"
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
-    assert rows(home / "e.db", "SELECT count(*) FROM t") == [(30,)]
-    done = python(*start, "e.py", "--resume", "--progress", progress, cwd=home, code=1, env=env)
-    assert "0 done, 6 skipped, 1 failed, 1 cancelled in " in done.stderr
+def test_it_works_in_every_mode_of_the_interpreter_without_a_warning(homes):
+    def one(how, progress):
+        home = homes()
+        (home / "e.py").write_text(EVERYTHING)
+        env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+        start = [*how.split(), "pipeloom.py", "run", "e.py", "--progress", progress]
+        done = python(*start, cwd=home, code=1, env=env)
+        said = done.stderr[done.stderr.index("6 done, 1 failed, 1 cancelled in ") :].splitlines()
+        assert len(said) == 4 and said[2] == "  hangs: timed out after 0.1 s"
+        assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+        assert rows(home / "e.db", "SELECT count(*) FROM t") == [(30,)]
+        done = python(*start, "--resume", cwd=home, code=1, env=env)
+        assert "0 done, 6 skipped, 1 failed, 1 cancelled in " in done.stderr
+
+    modes = [("-I", "log"), ("-OO", "ansi"), ("-X dev -W error", "ansi"), ("-S -X utf8=0", "log")]
+    at_once(one, modes + [("-X dev", "rich")] * bool(rich))
 
 
 def test_the_line_that_the_world_knows_works(home):
@@ -3090,39 +3314,35 @@ def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works
 
 def test_the_options_of_the_command_line_are_those_of_a_pipeline(home):
     (home / "job.py").write_text(PIPELINE.format(main="", check=True))
+    (home / "two.py").write_text("from pipeloom import *\na, b = Pipeline('a'), Pipeline('b')")
+    (home / "now.py").write_text("from pipeloom import *\nPipeline('a').main()")
     done = python("job.py", "--dry-run", cwd=home, code=0)
     assert done.stdout.split() == ["load[a]", "load[b]", "report"] and not (home / "p.db").exists()
-    python(
-        "-m",
-        "pipeloom",
-        "run",
-        "job.py:pipe",
-        "--retries",
-        "1",
-        "--timeout",
-        "9",
-        "--db",
-        "q.db",
-        cwd=home,
-        code=1,
-    )
-    assert rows(home / "q.db", "SELECT attempts FROM task_runs WHERE name = 'load[b]'") == [(2,)]
-    for arguments, said in (
-        (["job.py", "--retries", "x"], "--retries: 'x': expected a whole number from 0"),
-        (["job.py", "--timeout", "0"], "timeout=0.0: expected a number of seconds above 0"),
-        (
-            ["-m", "pipeloom", "run", "job.py", "--arg", "a=1"],
-            "--arg: job.py is a Pipeline, which takes none",
-        ),
-        (["-m", "pipeloom", "run", "two.py"], "has 2 pipelines; name one, as two.py:name"),
-        (["-m", "pipeloom", "run", "now.py"], "put that under `if __name__ == '__main__':`"),
-    ):
-        (home / "two.py").write_text("from pipeloom import *\na, b = Pipeline('a'), Pipeline('b')")
-        (home / "now.py").write_text("from pipeloom import *\nPipeline('a').main()")
-        done = python(*arguments, cwd=home, code=2)
+
+    def retried(options, code):
+        python("-m", "pipeloom", "run", "job.py:pipe", *options.split(), cwd=home, code=code)
+        assert rows(home / "q.db", "SELECT attempts FROM task_runs WHERE name = 'load[b]'") == [(2,)]
+
+    def refused(arguments, said):
+        done = python(*arguments.split(), cwd=home, code=2)
         assert said in done.stderr and done.stderr.count("\n") == 1
-    done = python("-m", "pipeloom", "demo", "-n", "2", "--fail", "1", "--db", ":memory:", cwd=home, code=1)
-    assert "to go on" not in done.stderr
+
+    def in_memory(options, code):
+        done = python("-m", "pipeloom", "demo", *options.split(), "--db", ":memory:", cwd=home, code=code)
+        assert "to go on" not in done.stderr
+
+    at_once(
+        lambda check, *case: check(*case),
+        [
+            (retried, "--retries 1 --timeout 9 --db q.db", 1),
+            (in_memory, "-n 2 --fail 1", 1),
+            (refused, "job.py --retries x", "--retries: 'x': expected a whole number from 0"),
+            (refused, "job.py --timeout 0", "timeout=0.0: expected a number of seconds above 0"),
+            (refused, "-m pipeloom run job.py --arg a=1", "--arg: job.py is a Pipeline, which takes none"),
+            (refused, "-m pipeloom run two.py", "has 2 pipelines; name one, as two.py:name"),
+            (refused, "-m pipeloom run now.py", "put that under `if __name__ == '__main__':`"),
+        ],
+    )
 
 
 def test_the_demo_resumes(home):
@@ -3306,20 +3526,23 @@ def test_init_db_makes_the_tables(db, quiet_root):
 
 
 @needs_posix
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_the_exit_code_of_the_command_line_names_the_signal(home, number, code):
-    (home / "s.py").write_text(
-        SLEEPER.replace("try:", "def main():").replace("finally:", "if 0:").replace("sys.argv[1]", "'x'")
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeloom", "run", "s.py"], cwd=str(home), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, universal_newlines=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code, errors
-    assert "done, " in errors and "Traceback" not in errors
+def test_the_exit_code_of_the_command_line_names_the_signal(homes):
+    def one(number):
+        home = homes()
+        (home / "s.py").write_text(
+            SLEEPER.replace("try:", "def main():").replace("finally:", "if 0:").replace("sys.argv[1]", "'x'")
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeloom", "run", "s.py"], cwd=str(home), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, universal_newlines=True,
+        )  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 128 + number, errors
+        assert "done, " in errors and "Traceback" not in errors
+
+    at_once(one, [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,)])
 
 
 # ---- README and examples -------------------------------------------------------------------------------
