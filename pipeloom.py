@@ -1318,10 +1318,10 @@ BACKLOG = 10_000  # printed lines that wait for a slow terminal before who print
 class Progress:
     """The protocol of a display: these three methods, and nothing else is called.
 
-    start() and stop() run in the thread that called run_pipeline, update() in the writer's, with every
-    message that has been committed (of several progress messages of a task in one commit, the last). A
-    finish whose status is "queued" is that of an attempt which failed and will be repeated. A display that
-    raises is switched off; one that blocks holds up the writer.
+    They are called in one thread that does nothing else, update() with every message that has been
+    committed (of several progress messages of a task in one commit, the last). A finish whose status is
+    "queued" is that of an attempt which failed and will be repeated. The run waits for none of them, but
+    five seconds for the last; a display that raises, or is 100,000 messages behind, is switched off.
     """
 
     def start(self, total: int | None) -> None:
@@ -1332,6 +1332,43 @@ class Progress:
 
     def stop(self, result: Any) -> None:
         """The run has ended; `result` is its RunResult."""
+
+
+class _Aside(Progress):
+    """A display of the user's, in a thread of its own: whatever it does there, the run goes on."""
+
+    PATIENCE = 5.0  # seconds, for its stop()
+    BACKLOG = 100_000  # messages
+
+    def __init__(self, display: Progress) -> None:
+        self._display = display
+        self._calls: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="pipeloom-display", daemon=True)
+
+    def start(self, total: int | None) -> None:
+        self._thread.start()
+        self._calls.put(("start", total))
+
+    def update(self, message: Any) -> None:
+        if self._calls.qsize() >= self.BACKLOG:
+            raise TimeoutError(f"it is {self.BACKLOG:,} messages behind")
+        if self._thread.is_alive():
+            self._calls.put(("update", message))
+
+    def stop(self, result: Any) -> None:
+        self._calls.put(("stop", result))
+        self._thread.join(self.PATIENCE)
+        if self._thread.is_alive():
+            raise TimeoutError(f"it hangs, {self.PATIENCE:g} s after the end")
+
+    def _work(self) -> None:
+        method = ""
+        try:
+            while method != "stop":
+                method, argument = self._calls.get()  # stop(), the last, comes however the run ends
+                getattr(self._display, method)(argument)
+        except BaseException as error:  # even its SystemExit is not the run's
+            logger.warning("the progress display failed and is off: %s", _describe(error))
 
 
 @dataclass
@@ -1726,7 +1763,7 @@ def _display_of(progress: Any) -> Any:
     missing = [name for name in ("start", "update", "stop") if not callable(getattr(progress, name, None))]
     if missing:
         raise UsageTypeError(f"progress={progress!r} has no method {missing[0]}(); see pipeloom.Progress")
-    return progress
+    return _Aside(progress)
 
 
 def _best_display() -> str:
@@ -2359,6 +2396,35 @@ def _cause(error: BaseException | None, message: str) -> str:
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
+_running: set[_Run] = set()  # the runs of this process, or of the one that it was forked from
+
+
+def _refuse_in_child() -> None:
+    """After a fork: the threads of the runs are not here, and the locks that they held are held for good."""
+    for run in _running:
+        run.channel = Channel()
+        run.channel.fail(
+            MessageRefused("this is a forked process; only its parent can send messages to the run")
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_refuse_in_child)
+
+
+def _end_child() -> NoReturn:
+    """A process that a task forked has come back from the task's function: it is no worker, and ends."""
+    import traceback
+
+    error = sys.exc_info()[1]
+    code = getattr(error, "code", 1) if error else 0
+    if error and not isinstance(error, SystemExit):
+        os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
+
+
 class _Run:
     """One run, from the first task to the last commit.
 
@@ -2375,6 +2441,7 @@ class _Run:
 
     def __init__(self, stages: list[_Stage], db_path: str, settings: _Settings) -> None:
         self.settings = settings
+        self.pid = os.getpid()
         self.channel = Channel()
         self.display = _display_of(settings.progress)
         self.writer = self._make_writer(db_path)
@@ -2456,10 +2523,16 @@ class _Run:
         its last commit; 5. stop the display; 6. release the lock, restore the signal handlers; 7. return,
         or raise what stopped it.
         """
+        if any(run.pid != self.pid for run in tuple(_running)):
+            raise UsageError(
+                "a process that was forked in the middle of a run can start none: threads that are not in it"
+                " may have held locks; use subprocess, or multiprocessing's get_context('spawn')"
+            )
         _check_database(self.writer.db_path)
         lock = _RunLock(self.writer.db_path)
         previous = self._take_signals()
         failure: BaseException | None = None
+        _running.add(self)
         try:
             try:
                 self._start()
@@ -2469,6 +2542,7 @@ class _Run:
                 self.stopping = self.stopping or f"the run ended: {_describe(error)}"
             failure = self._wind_up(failure)
         finally:
+            _running.discard(self)
             lock.release()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -2938,13 +3012,17 @@ class _Run:
         return None
 
     def _call(self, ctx: TaskContext) -> object:
-        value = ctx.stage.call(ctx)
-        if type(value) is CoroutineType:
-            import asyncio
+        try:
+            value = ctx.stage.call(ctx)
+            if type(value) is CoroutineType:
+                import asyncio
 
-            ctx.coroutine = value
-            value = asyncio.run(_awaited(ctx, value))
-        return value
+                ctx.coroutine = value
+                value = asyncio.run(_awaited(ctx, value))
+            return value
+        finally:
+            if os.getpid() != self.pid:
+                _end_child()
 
     def _call_in_time(self, ctx: TaskContext) -> object:
         ctx.thread = threading.current_thread()

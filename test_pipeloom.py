@@ -875,6 +875,13 @@ def test_a_file_that_may_grow_no_more_ends_the_run_and_the_next_finishes_it(home
     assert rows(home / "job.db", "SELECT DISTINCT status FROM task_runs") == [("done",)]
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        threading.Event().wait(0.02)
+
+
 @contextmanager
 def small_disk(folder):
     """A file system of 400 kB, where this user may make one."""
@@ -892,14 +899,18 @@ def test_a_full_disk_ends_the_run_and_with_room_the_next_finishes_it(homes, capl
         folder = homes()
         db = folder / "job.db"
         with small_disk(folder):
-            with pytest.raises(pipeloom.WriterFailed, match="full, still after .* make room on the disk or mend it"):
+            with pytest.raises(
+                pipeloom.WriterFailed, match="full, still after .* make room on the disk or mend it"
+            ):
                 fill(db, wal=wal, busy_timeout=0.3)
             stored = rows(db, "SELECT item FROM made")
             assert rows(db, "SELECT id - 1 FROM task_runs WHERE status = 'done'") == stored
             assert len(stored) < 200 and rows(db, "PRAGMA integrity_check") == [("ok",)]
 
             grow = ["mount", "-o", "remount,size=40m", str(folder)]
-            room = threading.Timer(1, subprocess.run, [grow], {"check": True})  # in the middle of the next run
+            room = threading.Timer(
+                1, subprocess.run, [grow], {"check": True}
+            )  # in the middle of the next run
             room.start()
             result = fill(db, wal=wal)
             room.join()
@@ -1170,6 +1181,23 @@ def test_a_display_that_raises_harms_nothing(db, method, caplog):
     assert "the progress display failed" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["start", "update", "stop"])
+def test_a_display_that_hangs_harms_nothing(db, method, caplog, monkeypatch):
+    display, over = Recorder(), threading.Event()
+    setattr(display, method, lambda *_: over.wait(2 * WAIT))
+    monkeypatch.setattr(pipeloom._Aside, "PATIENCE", 0.1)
+    monkeypatch.setattr(pipeloom._Aside, "BACKLOG", 1000)
+    try:
+        assert run(range(2000), db, nothing, progress=display).done == 2000
+        assert [row[2] for row in rows(db)] == ["done"] * 2000
+    finally:
+        over.set()
+    assert (
+        "the progress display failed at its end: TimeoutError: it hangs, 0.1 s after the end" in caplog.text
+    )
+    assert method == "stop" or "and is off: TimeoutError: it is 1,000 messages behind" in caplog.text
+
+
 @pytest.mark.parametrize("progress, error", [("blink", ValueError), (object(), TypeError)])
 def test_an_unknown_progress_is_an_error(db, progress, error):
     with pytest.raises(error, match="progress="):
@@ -1293,6 +1321,28 @@ def test_an_ascii_terminal_without_colour_gets_ascii_bars_without_colour(home):
 def test_a_dumb_terminal_gets_lines(home):
     code, written = on_terminal(["-m", "pipeloom"], ["demo", "-n", "3"], home, env={"TERM": "dumb"})
     assert code == 0 and "\x1b" not in written and "3/3" in written
+
+
+@needs_posix
+def test_a_window_that_shrinks_in_mid_run_gets_narrower_lines(home):
+    import fcntl
+    import struct
+    import termios
+
+    def shrink(process):
+        wait_for(lambda: (home / "t.db-wal").exists())
+        threading.Event().wait(0.3)
+        size = struct.pack("HHHH", 4, 20, 0, 0)
+        with open(f"/proc/{process.pid}/fd/2", "wb", buffering=0) as terminal:
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    (home / "t.py").write_text(TERMINAL_PROGRAM)
+    code, written = on_terminal(["t.py"], ["ansi", "8"], home, act=shrink)
+    assert code == 0 and [row[2] for row in rows(home / "t.db")] == ["done"] * 12
+    (last,) = [line for line in screen(written) if line.startswith("All")]
+    assert len(re.sub("\x1b[^m]*m", "", last)) <= 20
 
 
 LOGGING_PROGRAM = """
@@ -1884,6 +1934,86 @@ def test_runs_follow_each_other_nest_and_work_in_any_thread(tmp_path):
     assert len(rows(tmp_path / "x.db")) == len(rows(tmp_path / "y.db")) == 3
 
 
+def test_threads_that_a_worker_has_started_may_send_until_its_end_and_are_told_so_after_it(db):
+    def late(ctx):
+        assert over.wait(WAIT)
+        ctx.put(MsgTaskProgress(ctx.task_id, 1, 2))  # which nobody needs any more
+        ctx.put(MsgTaskFinished(ctx.task_id, "error", "now"))
+        with pytest.raises(pipeloom.MessageRefused, match="came too late to be stored"):
+            ctx.execute("INSERT INTO users VALUES ('late', '')")
+        with ctx.connect() as conn:
+            told.append(conn.execute("SELECT count(*) FROM users").fetchone())
+
+    def work(task, ctx):
+        helper = threading.Thread(target=ctx.execute, args=("INSERT INTO users VALUES (?, '')", (str(task),)))
+        helper.start()
+        helper.join(WAIT)
+        threads.append(threading.Thread(target=late, args=(ctx,)))
+        threads[-1].start()
+
+    over, told, threads = threading.Event(), [], []
+    assert run([1, 2], db, work, schema=USERS).done == 2
+    over.set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert told == [(2,)] * 2 and [row[2] for row in rows(db)] == ["done"] * 2
+
+
+FORKS = """
+import os, sys, pipeloom
+def end(): pass
+def raises(): raise ValueError("in the child")
+def exits(): sys.exit(7)
+def sends(ctx):
+    try: ctx.progress(1, 2)
+    except pipeloom.MessageRefused: sys.exit(7)
+def runs():
+    try: pipeloom.run_pipeline([1], "child.db", worker_fn=lambda t, q: None)
+    except pipeloom.UsageError as error: sys.exit(7 if "forked in the middle of a run" in str(error) else 8)
+def work(how, ctx):
+    child = os.fork()
+    if child == 0:
+        return {"ends": end, "raises": raises, "exits": exits, "sends": lambda: sends(ctx), "runs": runs}[how]()
+    return os.waitpid(child, 0)[1] >> 8
+def main():
+    pipeloom.run_pipeline(["ends", "raises", "exits", "sends", "runs"], "f.db", worker_fn=work, workers=2)
+if os.fork() == 0:  # a child of a process without a run is like any other
+    main()
+    os._exit(0)
+assert os.wait()[1] == 0
+main()
+"""
+
+
+@needs_posix
+def test_a_forked_child_is_no_worker(home):
+    (home / "f.py").write_text(FORKS)
+    done = python("-W", "ignore", "f.py", cwd=home, code=0)
+    assert rows(home / "f.db", "SELECT name, status, result FROM task_runs ORDER BY id") == [
+        ("ends", "done", "0"), ("raises", "done", "1"), ("exits", "done", "7"), ("sends", "done", "7"),
+        ("runs", "done", "7"),
+    ]  # fmt: skip
+    assert done.stderr.count("ValueError: in the child") == 2 and not (home / "child.db").exists()
+
+
+def test_it_works_in_an_interactive_session(home):
+    typed = """import pipeloom
+def work(task, ctx): return task
+
+pipeloom.run_pipeline([1, 2], "i.db", worker_fn=work).done
+pipe = pipeloom.Pipeline("i.db")
+@pipe.task(each=["a"], retries=1)
+def again(ctx, item): 1 / (ctx.attempt - 1)
+
+pipe.run(retry_delay=0).done
+"""
+    done = subprocess.run(
+        [sys.executable, "-i", "-q"], cwd=str(home), input=typed, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "2\n1\n" and "Error" not in done.stderr
+
+
 def test_async_functions_are_run(db):
     async def work(task, ctx):
         import asyncio
@@ -2073,6 +2203,47 @@ def test_a_signal_lets_what_runs_finish_and_a_second_one_leaves_at_once(homes):
             (signal.SIGHUP, 2, "hangs"),
         ],
     )
+
+
+@needs_posix
+def test_a_locked_database_keeps_no_signal_from_ending_the_run(homes):
+    """The first lets it wait for the lock, the second wants to leave and waits two seconds, the third does not."""
+
+    def one(signals):
+        home = homes()
+        (home / "s.py").write_text(SLEEPER)
+        process = subprocess.Popen(
+            [sys.executable, "s.py", "finishes"], cwd=str(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True,
+        )  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        holder = hold(home / "s.db", 0.8 if signals == 1 else 60)
+        try:
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                threading.Event().wait(0.3)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            end(holder)
+        assert process.returncode == -signal.SIGINT, errors
+        assert signals == 1 or "database is locked, still after" in errors
+        done = sorted(int(name) for _, name, status in rows(home / "s.db") if status == "done")
+        assert [x for (x,) in rows(home / "s.db", "SELECT x FROM t ORDER BY x")] == done
+
+    at_once(one, [(1,), (2,), (3,)])
+
+
+@needs_posix
+def test_under_nohup_the_run_outlives_its_terminal(home):
+    (home / "s.py").write_text(SLEEPER)
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "s.py", "finishes"], cwd=str(home), stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=WAIT)[0] == b"restored\n" and process.returncode == 0
+    assert [row[2] for row in rows(home / "s.db")] == ["done"] * 6
 
 
 @needs_posix
