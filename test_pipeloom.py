@@ -19,6 +19,8 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -269,6 +271,54 @@ def test_a_message_that_can_never_be_stored_is_refused_at_put(db, message, said)
     run([Task(1, "one"), Task(2, "two")], db, work)
     assert len(refused) == 2 and all(said in text for text in refused)
     assert [status for _, _, status in rows(db)] == ["done", "done"]
+
+
+class Unshowable:
+    def __str__(self):
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+ODD_VALUES = [
+    None, True, 2**63, -(2**63) - 1, 10**400, float("nan"), float("inf"), 1e308, 1j, "", "\ud800", "a\0b", "x" * 10_000_000,
+    b"\xff", Path("a") / "b", Decimal("1.5"), datetime(2026, 1, 1), {"a": 1}, {1: {2}}, [float("nan")], (), object(), int,
+    Unshowable(), SENTINEL, {Unshowable(): 1},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The default datetime adapter:DeprecationWarning")  # sqlite3's own
+def test_whatever_value_is_in_whatever_field_it_is_stored_or_refused_and_the_writer_lives(db):
+    def work(case, q):
+        kind, field, value = case
+        message = {
+            MsgTaskStarted: MsgTaskStarted(q.task_id, "name", "now"),
+            MsgTaskProgress: MsgTaskProgress(q.task_id, 1, 2, "text"),
+            MsgTaskFinished: MsgTaskFinished(q.task_id, "done", "now", None, "text"),
+            MsgExecute: MsgExecute("INSERT INTO users VALUES (?, '')", (q.name,)),
+            User: User(q.name, ""),
+        }[kind]
+        if kind is User:
+            message.name = value
+        else:
+            message = dataclasses.replace(message, **{field: value})
+        q.execute("INSERT INTO users VALUES (?, '')", (str(q.task_id),))
+        try:
+            q.put(message)
+        except pipeloom.MessageRefused as error:
+            refused.append(str(error))
+
+    refused = []
+    kinds = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished, MsgExecute)
+    cases = [(kind, field.name, value) for kind in kinds for field in dataclasses.fields(kind) for value in ODD_VALUES]
+    cases += [(User, "name", value) for value in ODD_VALUES]
+    cases += [(MsgExecute, "params", (value,)) for value in ODD_VALUES]
+    result = run(cases, db, work, schema=USERS, handlers={User: insert_user}, check=False)
+    assert result.done + result.error == len(cases) and result.done > len(cases) / 2
+    assert all(refused) and all(text for (text,) in rows(db, "SELECT message FROM task_runs WHERE status = 'error'"))
+    assert rows(db, "SELECT status, count(*) FROM task_runs GROUP BY 1") == [("done", result.done), ("error", result.error)]
+    assert rows(db, "SELECT id FROM task_runs WHERE status = 'done' EXCEPT SELECT CAST(key AS INTEGER) FROM users") == []
+    assert rows(db, "SELECT id FROM task_runs WHERE status = 'error' AND CAST(id AS TEXT) IN (SELECT key FROM users)") == []
 
 
 def test_values_whose_meaning_is_plain_are_stored_as_text(db):
