@@ -1602,10 +1602,13 @@ class _Screen:
         self._stand_ins: list[_Above] = []
         self._draws = self.terminal.acquire(blocking=False)  # else who has lines writes them; under the lock
         if self._draws:
+            for name in ("stdout", "stderr"):
+                if _is_terminal(getattr(sys, name)):
+                    self._stand_ins.append(_Above(name, self))
             try:
                 self._thread.start()
-            except RuntimeError:  # the system has no thread left
-                self._draws = False
+            except RuntimeError as error:  # the system has no thread left
+                self._end(error)
                 self.terminal.release()
 
     def close(self) -> None:
@@ -1630,21 +1633,25 @@ class _Screen:
             self._write_backlog()
 
     def _run(self) -> None:
+        error = None
         try:
-            for name in ("stdout", "stderr"):
-                if _is_terminal(getattr(sys, name)):
-                    self._stand_ins.append(_Above(name, self))
-            while not self._over.wait(FRAME if self._drawn else 0):
+            self._draw()
+            while not self._over.wait(FRAME):
                 self._draw()
             self._draw()
-        except Exception as error:  # a closed pipe, a terminal gone: the run goes on without bars
+        except Exception as failure:  # a closed pipe, a terminal gone: the run goes on without bars
+            error = failure
+        self._end(error)
+
+    def _end(self, error: Exception | None = None) -> None:
+        """Nothing is drawn any more: lines go where they always went."""
+        if error is not None:
             logger.debug("the bars are off: %s", _describe(error))
-        finally:
-            for stand_in in self._stand_ins:
-                stand_in.leave()
-            with self._lock:
-                self._draws = False
-            self._write_backlog()
+        for stand_in in self._stand_ins:
+            stand_in.leave()
+        with self._lock:
+            self._draws = False
+        self._write_backlog()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
@@ -1673,6 +1680,7 @@ class _Above:
         self._name, self._screen = name, screen
         self._stream = getattr(sys, name)
         self._halves: dict[int, str] = {}  # half lines, by thread: print() writes in pieces
+        self._pid = os.getpid()
         self._replace(self._stream, self)
 
     def _replace(self, old: Any, new: Any) -> None:
@@ -1685,6 +1693,8 @@ class _Above:
                     handler.setStream(new)
 
     def write(self, text: str) -> int:
+        if os.getpid() != self._pid:  # a forked child has the bars' lines, but not their thread
+            return int(self._stream.write(text))
         me = threading.get_ident()
         lines, newline, half = (self._halves.pop(me, "") + text).rpartition("\n")
         if half:

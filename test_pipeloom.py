@@ -310,15 +310,36 @@ def test_whatever_value_is_in_whatever_field_it_is_stored_or_refused_and_the_wri
 
     refused = []
     kinds = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished, MsgExecute)
-    cases = [(kind, field.name, value) for kind in kinds for field in dataclasses.fields(kind) for value in ODD_VALUES]
+    cases = [
+        (kind, field.name, value)
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        for value in ODD_VALUES
+    ]
     cases += [(User, "name", value) for value in ODD_VALUES]
     cases += [(MsgExecute, "params", (value,)) for value in ODD_VALUES]
     result = run(cases, db, work, schema=USERS, handlers={User: insert_user}, check=False)
     assert result.done + result.error == len(cases) and result.done > len(cases) / 2
-    assert all(refused) and all(text for (text,) in rows(db, "SELECT message FROM task_runs WHERE status = 'error'"))
-    assert rows(db, "SELECT status, count(*) FROM task_runs GROUP BY 1") == [("done", result.done), ("error", result.error)]
-    assert rows(db, "SELECT id FROM task_runs WHERE status = 'done' EXCEPT SELECT CAST(key AS INTEGER) FROM users") == []
-    assert rows(db, "SELECT id FROM task_runs WHERE status = 'error' AND CAST(id AS TEXT) IN (SELECT key FROM users)") == []
+    assert all(refused) and all(
+        text for (text,) in rows(db, "SELECT message FROM task_runs WHERE status = 'error'")
+    )
+    assert rows(db, "SELECT status, count(*) FROM task_runs GROUP BY 1") == [
+        ("done", result.done),
+        ("error", result.error),
+    ]
+    assert (
+        rows(
+            db, "SELECT id FROM task_runs WHERE status = 'done' EXCEPT SELECT CAST(key AS INTEGER) FROM users"
+        )
+        == []
+    )
+    assert (
+        rows(
+            db,
+            "SELECT id FROM task_runs WHERE status = 'error' AND CAST(id AS TEXT) IN (SELECT key FROM users)",
+        )
+        == []
+    )
 
 
 def test_values_whose_meaning_is_plain_are_stored_as_text(db):
@@ -1374,6 +1395,19 @@ def test_a_dumb_terminal_gets_lines(home):
 
 
 @needs_posix
+def test_what_a_forked_child_prints_under_bars_is_written(home):
+    (home / "t.py").write_text(
+        "import os, sys, pipeloom\n"
+        "def work(task, ctx):\n"
+        "    if os.fork() == 0: print('from the child'); sys.exit()\n"
+        "    assert os.wait()[1] == 0; ctx.sleep(0.2)\n"
+        "pipeloom.run_pipeline([1], 't.db', worker_fn=work, progress='ansi')"
+    )
+    code, written = on_terminal(["-W", "ignore", "t.py"], [], home)
+    assert code == 0 and "from the child\r\n" in written
+
+
+@needs_posix
 def test_a_window_that_shrinks_in_mid_run_gets_narrower_lines(home):
     import fcntl
     import struct
@@ -1398,7 +1432,9 @@ def test_a_window_that_shrinks_in_mid_run_gets_narrower_lines(home):
 LOGGING_PROGRAM = """
 import logging, sys, threading, pipeloom
 logging.basicConfig(level=logging.INFO)
+up = threading.Event()
 def work(task, ctx):
+    up.set()
     logging.info("logged %s", task)
     print("half", end=" "); print("printed", task)
     print("more", end="")
@@ -1406,7 +1442,9 @@ def work(task, ctx):
 handlers = [handler.stream for handler in logging.getLogger().handlers]
 threads = [threading.Thread(target=pipeloom.run_pipeline, args=(range(n, n + 8), f"{n}.db"),
            kwargs={"worker_fn": work, "workers": 4, "progress": sys.argv[1]}) for n in (0, 100)[:int(sys.argv[2])]]
-for thread in threads: thread.start()
+for thread in threads:
+    thread.start()
+    up.wait()  # what is printed in the moment in which bars come up may be half a line
 for thread in threads: thread.join()
 assert handlers == [handler.stream for handler in logging.getLogger().handlers]
 assert type(sys.stdout).__name__ == type(sys.stderr).__name__ == "TextIOWrapper"
