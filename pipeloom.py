@@ -226,12 +226,10 @@ SENTINEL = object()  # asks a writer to commit what it has and stop; known by id
 def _now() -> str:
     """ISO 8601 text in UTC; most of it is the same for a whole second, and kept."""
     global _second
-    now = time.time()
-    second, text = _second
-    if int(now) != second:
-        text = datetime.fromtimestamp(int(now), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-        _second = int(now), text
-    return f"{text}.{int(now % 1 * 1e6):06d}+00:00"
+    second, micro = divmod(time.time_ns() // 1000, 1_000_000)
+    if second != _second[0]:
+        _second = second, datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{_second[1]}.{micro:06}+00:00"
 
 
 _second = (0, "")
@@ -360,7 +358,6 @@ COLUMNS = {  # of task_runs; the first eight are the original pipeloom's
     "traceback": "TEXT",
 }
 _NAMES = ", ".join(COLUMNS)
-_OTHERS = ", ".join(list(COLUMNS)[1:])
 CREATE_TASKS = "CREATE TABLE IF NOT EXISTS task_runs({})".format(
     ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
 )
@@ -368,17 +365,11 @@ CREATE_RUNS = """CREATE TABLE IF NOT EXISTS pipeline_runs(
     id INTEGER PRIMARY KEY, started_at TEXT, finished_at TEXT, status TEXT, host TEXT, pid INTEGER,
     version TEXT, done INTEGER, error INTEGER, cancelled INTEGER, skipped INTEGER)"""
 INSERT_TASKS = f"INSERT INTO task_runs({_NAMES}) VALUES "
-# Rows that may be there already are staged, then merged in two statements whatever their number. No UPSERT,
-# which SQLite has only from 3.24, and no REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
-CREATE_STAGING = f"CREATE TEMP TABLE IF NOT EXISTS pipeloom_staged(id INTEGER PRIMARY KEY, {_OTHERS})"
-STAGE = f"INSERT INTO temp.pipeloom_staged({_NAMES}) VALUES "
-MERGE = (
-    f"UPDATE task_runs SET ({_OTHERS}) ="
-    f" (SELECT {_OTHERS} FROM temp.pipeloom_staged WHERE pipeloom_staged.id = task_runs.id)"
-    " WHERE id IN (SELECT id FROM temp.pipeloom_staged)",
-    f"INSERT INTO task_runs({_NAMES}) SELECT {_NAMES} FROM temp.pipeloom_staged"
-    " WHERE id NOT IN (SELECT id FROM task_runs)",
-    "DELETE FROM temp.pipeloom_staged",
+# No REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
+OR_UPDATE = " ON CONFLICT(id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS)
+INSERT_THEN_UPDATE = (  # for SQLites before 3.24, a row at a time
+    f"INSERT OR IGNORE INTO task_runs({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})",
+    f"UPDATE task_runs SET {', '.join(f'{name} = ?{n}' for n, name in enumerate(COLUMNS, 1))} WHERE id = ?1",
 )
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
@@ -403,6 +394,7 @@ CANCEL_QUEUED = (
     "UPDATE task_runs SET status = 'cancelled', message = ?, finished_at = ?"
     " WHERE run_id = ? AND status IN ('queued', 'running')"
 )
+UPSERTS = sqlite3.sqlite_version_info >= (3, 24)
 VARIABLES = 999  # in one statement; newer SQLites take more
 
 # The codes of errors that may pass: BUSY LOCKED NOMEM INTERRUPT IOERR FULL CANTOPEN, and their texts for
@@ -456,7 +448,6 @@ def _open(db_path: object, *, wal: bool, timeout: float, isolation_level: str | 
             logger.warning("database %r: journal mode is %s, as %s is not to be had here", path, got, wanted)
         conn.execute("PRAGMA synchronous=NORMAL")
         conn.execute("PRAGMA foreign_keys=ON")
-        conn.execute("PRAGMA temp_store=MEMORY")
     except BaseException:
         conn.close()
         raise
@@ -623,56 +614,75 @@ def _holder(db_path: str) -> str:
 
 
 class Channel:
-    """A bounded list that its one reader, the writer, takes whole.
+    """A bounded way to its one reader, the writer, which takes all that is there at once.
 
-    One lock guards every field. Producers wait on `_room`, which drain() and fail() announce; the writer
-    waits on `_mail`, which put() and close() announce. fail() ends every wait for good.
+    Where all is well put() takes no lock that others want: many busy threads at one lock hand the processor
+    on with every message. `_items` is a deque, whose ends are safe without one; who has put looks whether the
+    reader waits, and the reader looks at `_items` once more after it has said so. The lock is for those who
+    wait: producers at `_room`, which drain() and fail() announce, the writer at `_mail`, which put() and
+    close() announce. fail() ends every wait for good.
     """
 
     def __init__(self, limit: int = 4_000) -> None:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._mail = threading.Condition(self._lock)
-        self._items: list[Item] = []
-        self._weight = 0  # rows count, not only messages: what waits here stays small
+        self._items: deque[Item] = deque()
+        self._rows = 0  # in the messages, which count as well: what waits here stays small
         self._limit = limit
         self._reader_waits = False
         self._closed = False
         self.failure: BaseException | None = None
 
     def put(
-        self, sender: TaskContext | None, message: Any, weight: int = 1, last: bool = False, wait: bool = True
+        self, sender: TaskContext | None, message: Any, rows: int = 0, last: bool = False, wait: bool = True
     ) -> bool:
         """Hand over a message, waiting while the channel is full; False if the sender is closed.
 
         `last` closes the sender with this message, in one step: whoever comes first (the worker, or a
         second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
         """
-        with self._lock:
-            while wait and self._weight >= self._limit and self.failure is None:
-                self._room.wait(0.5)
-            if self.failure is not None:
-                raise self.failure
-            if sender is not None:
+        if wait and self._is_full():
+            self._wait_for_room()
+        if self.failure is not None:
+            raise self.failure
+        if rows:
+            with self._lock:
+                self._rows += rows
+        if sender is None:
+            self._items.append((None, message))
+        else:
+            with sender.lock:
                 if sender.closed:
                     return False
                 sender.closed = last
-            self._items.append((sender, message))
-            self._weight += weight
-            if self._reader_waits:
+                self._items.append((sender, message))
+        if self._reader_waits:
+            with self._lock:
                 self._reader_waits = False
                 self._mail.notify()
         return True
 
+    def _is_full(self) -> bool:
+        return len(self._items) + self._rows // 4 >= self._limit
+
+    def _wait_for_room(self) -> None:
+        with self._lock:
+            while self._is_full() and self.failure is None:
+                self._room.wait(0.5)
+
     def drain(self) -> list[Item] | None:
         """Everything there is, waiting for the first message; None at the end."""
         with self._lock:
-            while not self._items:
+            while not self._items or self.failure is not None:
                 if self._closed or self.failure is not None:
                     return None
                 self._reader_waits = True
-                self._mail.wait()  # ended by close() or fail(), which the run calls however it ends
-            items, self._items, self._weight = self._items, [], 0
+                if not self._items:
+                    self._mail.wait()  # ended by close() or fail(), which the run calls however it ends
+            self._reader_waits = False
+            items = [self._items.popleft() for _ in range(len(self._items))]
+            self._rows = 0
             self._room.notify_all()
             return items
 
@@ -753,6 +763,9 @@ class _BadMessage(Exception):
     def __init__(self, reason: BaseException) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+STARTED = object()  # the engine's: the attempt that sends it has started, at its started_at
 
 
 @dataclass(frozen=True)
@@ -850,6 +863,7 @@ class SQLiteWriter(threading.Thread):
         self.hurried = False  # set, by a signal handler too, to end the wait for a lock or a disk
         self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
         self._file: os.stat_result | None = None  # the database's, as it was opened
+        self._handles_all = type(self).handle is SQLiteWriter.handle  # no subclass wants to see messages
         self._defers = False  # somebody references task_runs, whose rows are written last
         self._ours = False  # a transaction statement is the writer's own; see _authorize
         self._rows: dict[int, _TaskRow] = {}  # committed rows of tasks that run
@@ -890,8 +904,7 @@ class SQLiteWriter(threading.Thread):
 
     def accepts(self, kind: type) -> bool:
         """Whether messages of this class have somebody who applies them. Any thread may ask."""
-        overridden = type(self).handle is not SQLiteWriter.handle
-        return overridden or any(base in self._apply_by_type for base in kind.__mro__)
+        return not self._handles_all or any(base in self._apply_by_type for base in kind.__mro__)
 
     # The thread. Whatever goes wrong in it ends in `error`, and the channel then refuses its producers.
 
@@ -970,7 +983,6 @@ class SQLiteWriter(threading.Thread):
     def _open(self) -> None:
         self._close()
         self.conn = _open(self.path, wal=self.wal, timeout=0.25, isolation_level=None)
-        self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
         if self.durable:
             self.conn.execute("PRAGMA synchronous=FULL")
         self.conn.set_authorizer(self._authorize)
@@ -979,7 +991,6 @@ class SQLiteWriter(threading.Thread):
         self._run_schema()
         self._defers = self.conn.execute(REFERENCES_TASKS).fetchone() is not None
         if self.store:
-            self.conn.execute(CREATE_STAGING)
             last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0]
             if last_id is not None:
                 self.last_id = last_id
@@ -988,6 +999,8 @@ class SQLiteWriter(threading.Thread):
             if self.run_of is not None:
                 self._start_run()
         self._own(COMMIT)
+        # Only now, as the index of millions of old names is not to be made in memory.
+        self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
         self._file = None if self.path == ":memory:" else os.stat(self.path)
 
     def _run_schema(self) -> None:
@@ -1114,20 +1127,41 @@ class SQLiteWriter(threading.Thread):
 
     def _apply(self, sender: TaskContext | None, message: Any) -> None:
         self._sender = sender
+        kind = type(message)
         if sender is not None:
             if sender.rejected:
                 return  # a message of this attempt was bad, and that has ended it
             if message is None:  # progress: only the newest counts, and the context has it
                 sender.has_news = False
                 message = sender.news
-            elif type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
-                for held in sender.held:
-                    self._hand_over(held)
-        elif type(message) in self._engine_messages:
-            self._engine_messages[type(message)](message)
+            elif message is STARTED:
+                if self._handles_all and self.display is None:
+                    self._pending[sender.task_id] = _TaskRow(
+                        sender.task_id,
+                        sender.name,
+                        RUNNING,
+                        0.0,
+                        "",
+                        sender.started_at,
+                        None,
+                        None,
+                        sender.attempt,
+                        self.run_id,
+                    )
+                    return
+                message = MsgTaskStarted(sender.task_id, sender.name, sender.started_at)
+            elif kind is MsgTaskFinished and message.task_id == sender.task_id:
+                if message.status == DONE:
+                    for held in sender.held:
+                        self._hand_over(held)
+                if self._handles_all:
+                    self._on_finished(message)
+                    return
+        elif kind in self._engine_messages:
+            self._engine_messages[kind](message)
             return
-        elif type(message) in CHECKS:  # from a plain queue, whose put() checks nothing
-            message = CHECKS[type(message)](message)
+        elif kind in CHECKS:  # from a plain queue, whose put() checks nothing
+            message = CHECKS[kind](message)
         self._hand_over(message)
 
     def _hand_over(self, message: Any) -> None:
@@ -1266,14 +1300,13 @@ class SQLiteWriter(threading.Thread):
             self.conn.execute(sql, list(chain.from_iterable(chunk)))
 
     def _write_task_rows(self) -> None:
-        marks = f"({', '.join('?' * len(COLUMNS))})"
-        new = [_row_values(row) for id, row in self._pending.items() if id > self.last_id]
-        self._insert(INSERT_TASKS, marks, "", len(COLUMNS), new)
-        if len(new) < len(self._pending):
-            old = [_row_values(row) for id, row in self._pending.items() if id <= self.last_id]
-            self._insert(STAGE, marks, "", len(COLUMNS), old)
-            for statement in MERGE:
-                self.conn.execute(statement)
+        rows = [_row_values(row) for row in self._pending.values()]
+        if UPSERTS:
+            marks = f"({', '.join('?' * len(COLUMNS))})"
+            self._insert(INSERT_TASKS, marks, OR_UPDATE, len(COLUMNS), rows)
+        else:
+            for statement in INSERT_THEN_UPDATE:
+                self.conn.executemany(statement, rows)
 
     def _on_queued(self, m: _MsgQueued) -> None:
         for id, name in m.tasks:
@@ -1962,8 +1995,8 @@ class TaskContext:
 
     __slots__ = (
         "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed",
-        "coroutine", "error", "has_news", "held", "name", "news", "on_cancel", "reason", "rejected",
-        "stage", "task", "task_id", "thread", "traceback",
+        "coroutine", "error", "has_news", "held", "lock", "name", "news", "on_cancel", "reason", "rejected",
+        "stage", "started_at", "task", "task_id", "thread", "traceback",
     )  # fmt: skip
 
     def __init__(
@@ -1975,10 +2008,12 @@ class TaskContext:
         self.task_id = task_id
         self.name = name
         self.attempt = attempt  #: 1 for the first go, 2 for the first retry
-        self.closed = False  # nothing is accepted any more; guarded by the channel's lock
+        self.lock = threading.Lock()
+        self.closed = False  # nothing is accepted any more; guarded by the lock
         self.rejected = False  # a message of this attempt was bad
         self.abandoned = False  # the run was left: its thread ends when the function returns, if ever
         self.reason: str | None = None  # why the task is to stop
+        self.started_at = ""
         self.held: list[Any] = []  # messages that wait for the finish
         self.news: Any = None  # the newest progress
         self.has_news = False  # and it is on its way to the writer
@@ -2019,7 +2054,7 @@ class TaskContext:
         elif kind in (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished):
             self._run.channel.put(self, message)
         else:
-            self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
+            self._send(message, len(message.params) if kind is MsgExecute and message.many else 0)
 
     def put_nowait(self, message: Any) -> None:
         """The same, for code that treats the context as a queue."""
@@ -2074,7 +2109,7 @@ class TaskContext:
 
         The key needs a UNIQUE or PRIMARY KEY in the table, and SQLite 3.24 or newer.
         """
-        if sqlite3.sqlite_version_info < (3, 24):
+        if not UPSERTS:
             raise UsageError(
                 f"upsert needs SQLite 3.24 and this is {sqlite3.sqlite_version}; "
                 "use execute() with INSERT OR REPLACE instead"
@@ -2126,7 +2161,7 @@ class TaskContext:
         """
         if wait and not self.closed and (message.status == DONE or not self.stage.atomic):
             self._send_group()
-        return self._run.channel.put(self, message, 1 + self._held_rows, last=True, wait=wait)
+        return self._run.channel.put(self, message, self._held_rows, last=True, wait=wait)
 
     def cancel(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -2168,7 +2203,7 @@ class TaskContext:
             self._send(MsgExecute(self._group_sql or "", group, True), len(group))
         self._group_sql = None
 
-    def _send(self, message: Any, rows: int = 1) -> None:
+    def _send(self, message: Any, rows: int = 0) -> None:
         if self._group:
             self._send_group()  # in the order in which they came
         self._refuse_if_closed(type(message).__name__)
@@ -2176,7 +2211,7 @@ class TaskContext:
             self._run.channel.put(self, message, rows)
             return
         self.held.append(message)
-        before, self._held_rows = self._held_rows, self._held_rows + rows
+        before, self._held_rows = self._held_rows, self._held_rows + (rows or 1)
         if before < MANY_ROWS <= self._held_rows:
             logger.warning(
                 "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
@@ -2769,13 +2804,17 @@ class _Run:
 
     def _pull_all(self) -> None:
         missing: UsageError | None = None
+        filled = False
         while True:
             self._heed_signals()
             self._check_faults()
             if self.stopping:
                 self._cancel_ready()
             elif self._sources and len(self._ready) < self._room and len(self._live) < LIVE:
+                if filled and not self._ready:  # tasks so short that a larger stock saves much waking up
+                    self._room = min(2 * self._room, 1_024)
                 self._pull_some()
+                filled = len(self._ready) >= self._room
                 continue
             with self._lock:
                 if not self._live and (self.stopping or not self._stages_left):
@@ -3005,7 +3044,8 @@ class _Run:
     def _attempt(self, ctx: TaskContext) -> None:
         if self.stopping:
             return self._cancel(ctx, self.stopping)
-        self.channel.put(ctx, MsgTaskStarted(ctx.task_id, ctx.name, _now()))
+        ctx.started_at = _now()
+        self.channel.put(ctx, STARTED)
         try:
             value = self._call(ctx) if ctx.stage.timeout is None else self._call_in_time(ctx)
             finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
