@@ -325,6 +325,16 @@ def _checked_execute(m: MsgExecute) -> MsgExecute:
     return MsgExecute(m.sql, _row(m.params))
 
 
+def _check_own(message: Any) -> None:
+    """A handler may get a message again, when the batch that it came in is replayed without a bad one."""
+    for name, value in getattr(message, "__dict__", {}).items():
+        if hasattr(type(value), "__next__"):
+            raise MessageRefused(
+                f"{type(message).__name__}.{name} is an iterator, of which a handler that runs again would "
+                "find nothing left; send a list"
+            )
+
+
 def _row(params: Any) -> Any:
     """A copy of one row of parameters: the worker may use its list or dict again."""
     return dict(params) if isinstance(params, Mapping) else tuple(params)
@@ -545,6 +555,9 @@ def _check_database(path: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise DatabaseError(path, "is no regular file", "name a file")
     if os.path.exists(path):
+        if os.stat(path).st_nlink > 1:
+            what = "has another name, a hard link; SQLite keeps a journal for each, and we a lock"
+            raise DatabaseError(path, what, "remove that, make it a symbolic link or use a copy")
         _check_contents(path)
 
 
@@ -570,18 +583,20 @@ class _RunLock:
 
     def __init__(self, db_path: str) -> None:
         self._conn: sqlite3.Connection | None = None
+        self.path = ""
         if db_path == ":memory:":
             return
-        conn = sqlite3.connect(os.path.realpath(db_path) + "-lock", timeout=0.2, isolation_level=None)
+        self.path = os.path.realpath(db_path) + "-lock"
         try:
-            conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
-            conn.execute("BEGIN EXCLUSIVE")
+            self._conn = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
+            self._conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
+            self._conn.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
-            conn.close()
-            if not _is_lock(error):
-                raise DatabaseError(db_path, f"cannot be locked: {error}", "use a file elsewhere") from error
-            raise RunInProgress(db_path, _holder(db_path)) from None
-        self._conn = conn
+            self.release()
+            if _is_lock(error):
+                raise RunInProgress(db_path, _holder(db_path)) from None
+            cure = "give its owner's rights to whoever runs this, or use a database elsewhere"
+            raise DatabaseError(db_path, f"has a lock {self.path!r} that gives {error}", cure) from error
 
     @staticmethod
     def is_held(db_path: str) -> bool:
@@ -862,7 +877,7 @@ class SQLiteWriter(threading.Thread):
         self.opened = threading.Event()  # set once the database is open, or `error` says why not
         self.hurried = False  # set, by a signal handler too, to end the wait for a lock or a disk
         self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
-        self._file: os.stat_result | None = None  # the database's, as it was opened
+        self.files: dict[str, os.stat_result] = {}  # the database and its lock, as they were opened
         self._handles_all = type(self).handle is SQLiteWriter.handle  # no subclass wants to see messages
         self._defers = False  # somebody references task_runs, whose rows are written last
         self._ours = False  # a transaction statement is the writer's own; see _authorize
@@ -921,6 +936,7 @@ class SQLiteWriter(threading.Thread):
                     break
                 if batch:
                     self._store(batch)
+            self.check_files()
             self._checkpoint()
         except BaseException as error:
             self.error = self._failure(error)
@@ -941,8 +957,10 @@ class SQLiteWriter(threading.Thread):
 
     def _failure(self, error: BaseException) -> BaseException:
         opening = not self.opened.is_set()
+        if isinstance(error, _BadMessage):
+            error = _reason(error.reason)
         try:
-            self._check_file()
+            self.check_files()
         except WriterFailed as moved:
             error = moved
         if isinstance(error, WriterFailed) or (opening and isinstance(error, PipeloomError)):
@@ -954,18 +972,19 @@ class SQLiteWriter(threading.Thread):
         failure.__cause__ = error
         return failure
 
-    def _check_file(self) -> None:
-        """The name must still be that of the open file: SQLite would not notice, and write on."""
-        try:
-            if self._file is None or os.path.samestat(self._file, os.stat(self.path)):
-                return
-        except OSError:
-            pass
-        raise WriterFailed(
-            self.db_path,
-            "the file was deleted, moved or replaced during the run, and what the run stored went with it",
-            "let nobody touch the file, then run again",
-        )
+    def check_files(self) -> None:
+        """The names must still be those of the open files: SQLite would not notice, and write on."""
+        for path, opened in self.files.items():
+            try:
+                if os.path.samestat(opened, os.stat(path)):
+                    continue
+            except OSError:
+                pass
+            raise WriterFailed(
+                self.db_path,
+                f"{path!r} was deleted, moved or replaced during the run",
+                "let nobody touch the database and its lock, then run again",
+            )
 
     def _close(self) -> None:
         conn, self.conn = self.conn, None  # type: ignore[assignment]
@@ -1001,7 +1020,8 @@ class SQLiteWriter(threading.Thread):
         self._own(COMMIT)
         # Only now, as the index of millions of old names is not to be made in memory.
         self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
-        self._file = None if self.path == ":memory:" else os.stat(self.path)
+        if self.path != ":memory:":
+            self.files[self.path] = os.stat(self.path)
 
     def _run_schema(self) -> None:
         for statement in _statements(self.schema):
@@ -1111,14 +1131,14 @@ class SQLiteWriter(threading.Thread):
             try:
                 self._apply(sender, message)
             except BaseException as error:  # a handler's SystemExit too
-                if _is_disk(error) or _is_corrupt(error):
+                if isinstance(error, WriterFailed) or _is_disk(error) or _is_corrupt(error):
                     raise
                 raise _BadMessage(error) from None
         # 3. Write each task's row once, however many messages it had, and commit.
         if self.store and self._pending:
             self._write_task_rows()
+        self.check_files()
         self._own(COMMIT)
-        self._check_file()
 
     def _forget_transaction(self) -> None:
         self._pending: dict[int, _TaskRow] = {}  # task rows that this transaction writes
@@ -1157,6 +1177,14 @@ class SQLiteWriter(threading.Thread):
                 if self._handles_all:
                     self._on_finished(message)
                     return
+                self._hand_over(message)
+                if not (self._settled and self._settled[-1][0] is sender):
+                    kind_of = type(self).__name__
+                    cure = "call super().handle(message) for every message that is not your own"
+                    raise WriterFailed(
+                        self.db_path, f"{kind_of}.handle() ignores that a task has ended", cure
+                    )
+                return
         elif kind in self._engine_messages:
             self._engine_messages[kind](message)
             return
@@ -1952,6 +1980,17 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         super().emit(record)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, _: logging.LogRecord) -> None:
+        """A full disk, most likely: said once."""
+        root = logging.getLogger()
+        if self in root.handlers:
+            root.removeHandler(self)
+            logger.warning("the log file %r gets no more lines: %s", self.baseFilename, sys.exc_info()[1])
+            with suppress(OSError):
+                self.close()
+
+
 def _remove_handlers() -> None:
     root = logging.getLogger()
     for handler in [h for h in root.handlers if getattr(h, "_pipeloom", False)]:
@@ -1970,7 +2009,7 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
     handlers: list[logging.Handler] = [_LogHandler()]
     handlers[0].setFormatter(logging.Formatter("%(levelname)-8s %(message)s"))
     if log_file:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(name)s] %(message)s"))
     for handler in handlers:
         handler._pipeloom = True  # type: ignore[attr-defined]
@@ -2046,6 +2085,8 @@ class TaskContext:
             raise MessageRefused("SENTINEL was put by a worker; it is the engine's, to return is enough")
         elif not self._run.writer.accepts(kind):
             raise _unknown(kind)
+        else:
+            _check_own(message)
         self.check()
         if kind is MsgTaskProgress and self.owns(message):
             self._tell(message)
@@ -2115,6 +2156,8 @@ class TaskContext:
                 "use execute() with INSERT OR REPLACE instead"
             )
         keys = [key] if isinstance(key, str) else list(key)
+        if isinstance(rows, Mapping):
+            raise MessageRefused(f"upsert into {table!r}: rows is one mapping; expected a list of them")
         columns: list[str] = []
         sql = ""
         for row in rows:
@@ -2498,7 +2541,9 @@ class _Run:
         self.unreported = 0  # failures that the workers did not report themselves
         self._stages = stages
         self._take_stages()
-        self._workers = settings.workers or min(self._total() or os.cpu_count() or 1, os.cpu_count() or 1)
+        self._workers = settings.workers or os.cpu_count() or 1
+        if not self._unknown:
+            self._workers = max(1, min(self._workers, self._known))  # no more than tasks
         self._threads: list[threading.Thread] = []
         self._timer = threading.Thread(target=self._keep_time, name="pipeloom-timer", daemon=True)
         self._lock = threading.RLock()
@@ -2578,6 +2623,8 @@ class _Run:
         previous = self._take_signals()
         failure: BaseException | None = None
         _running.add(self)
+        if lock.path:
+            self.writer.files[lock.path] = os.stat(lock.path)
         try:
             try:
                 self._start()
@@ -2607,6 +2654,7 @@ class _Run:
         self.writer.start()
         while not self.writer.opened.wait(POLL):  # it opens, or fails, within busy_timeout
             self.writer.hurried = bool(self._signals)
+            self._check_faults()
         self._check_faults()
         if self.writer.db_path == ":memory:":
             logger.warning("the database is :memory:, so that nothing is left of it after the run")
@@ -2663,8 +2711,13 @@ class _Run:
         self._threads.append(thread)
         return True
 
-    def _check_faults(self) -> None:
-        fault = self.writer.error or self._fault
+    def _check_faults(self, ended: bool = False) -> None:
+        writer = self.writer
+        if not ended and not writer.is_alive() and writer.error is None:  # a subclass whose run() has ended
+            what = f"{type(writer).__name__}.run() has ended before the run"
+            writer.error = WriterFailed(writer.db_path, what, "override handle() instead")
+            self.channel.fail(writer.error)
+        fault = writer.error or self._fault
         if fault is not None:
             raise fault
 
@@ -3250,7 +3303,7 @@ class _Run:
         while self.writer.is_alive():
             threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
             self._heed_signals()
-        self._check_faults()
+        self._check_faults(ended=True)
 
     def result(self) -> RunResult:
         elapsed = time.monotonic() - self.began
@@ -3512,7 +3565,7 @@ class Pipeline:
         if _Session.current is not None:  # `pipeloom run` has called the function that called this
             self.run()
             sys.exit()  # with the code of that session
-        sys.exit(_execute(_pipeline_parser(self), argv))
+        _exit(lambda: _execute(_pipeline_parser(self), argv))
 
     def _stages(self) -> list[_Stage]:
         if not self._declared:
@@ -3732,6 +3785,25 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
             return 130
 
 
+def _exit(command: Callable[[], int]) -> NoReturn:
+    """End the program with the code of a command."""
+    code: Any = 0
+    try:
+        code = command()
+    except SystemExit as error:
+        code = error.code
+    if all(thread.name != "pipeloom-worker" for thread in threading.enumerate()):
+        sys.exit(code)
+    # A task was left behind. Python waits at its end for the threads of every ThreadPoolExecutor and
+    # asyncio.to_thread, perhaps for ever; a task's should not hold up the exit code.
+    if not isinstance(code, (int, type(None))):
+        _say(str(code))
+    with suppress(Exception):
+        logging.shutdown()
+        sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def _say(text: str) -> None:
     """A line to stderr, if there is one: it may be closed, full, or a pipe that nobody reads."""
     try:
@@ -3815,10 +3887,11 @@ def _parser() -> Any:
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable[[Any], int], text: str, db: str = "./pipeloom.db") -> Any:
+    def command(name: str, function: Callable[[Any], int], text: str, db: Any = "./pipeloom.db") -> Any:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=function)
-        sub.add_argument("--db", default=db, metavar="FILE", help="the database (default: %(default)s)")
+        default = db or "the one that the program names"
+        sub.add_argument("--db", default=db, metavar="FILE", help=f"the database (default: {default})")
         return sub.add_argument
 
     add = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
@@ -3826,7 +3899,7 @@ def _parser() -> Any:
     add("--no-wal", action="store_true", help="use SQLite's rollback journal")
     add("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
     _add_common_options(add)
-    add = command("run", _cmd_run, "Run a pipeline or a function of yours, or a file of yours.", "")
+    add = command("run", _cmd_run, "Run a pipeline or a function of yours, or a file of yours.", None)
     target = "package.module:name, file.py:name, or file.py (its main, or its Pipeline)"
     add("target", metavar="TARGET", help=target)
     add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
@@ -3842,7 +3915,7 @@ def _parser() -> Any:
 
 def _pipeline_parser(pipe: Pipeline) -> Any:
     parser = _new_parser(os.path.basename(sys.argv[0]) or "pipeline", "Run the tasks of this pipeline.")
-    parser.add_argument("--db", default="", metavar="FILE", help=f"the database (default: {pipe.db_path})")
+    parser.add_argument("--db", metavar="FILE", help=f"the database (default: {pipe.db_path})")
     parser.set_defaults(command=lambda args: _Session(args).call(pipe.run))
     _add_run_options(parser.add_argument)
     return parser
@@ -3898,7 +3971,7 @@ def _cmd_run(args: Any) -> int:
             signature(function).bind(**arguments)
     except TypeError as error:
         name = getattr(function, "__name__", function)
-        raise UsageError(f"--arg: {name} has a {error}; see its parameters") from error
+        raise UsageError(f"--arg: the call of {name} fails: {error}; see its parameters") from error
     return _Session(args).call(lambda: function(**arguments))
 
 
@@ -3986,6 +4059,10 @@ class _Session:
         _Session.current = self
         try:
             value = function()
+            if type(value) is CoroutineType:  # an async def main()
+                import asyncio
+
+                value = asyncio.run(value)
         except BaseException as error:
             leaves = isinstance(error, SystemExit) and not error.code
             if not (leaves or isinstance(error, PipelineError)):  # of these the summary says it better
@@ -3998,7 +4075,7 @@ class _Session:
 
     def run(self, stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
         """What run_pipeline and Pipeline.run do in this session."""
-        path = self.args.db or path
+        path = path if self.args.db is None else self.args.db
         run = _Run(stages, path, _Settings(**{**options, **self.options}))
         if getattr(self.args, "dry_run", False):
             for stage in stages:
@@ -4118,4 +4195,5 @@ if __name__ == "__main__":
     if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
-    sys.exit(import_module(_name).main())
+    _pipeloom = import_module(_name)
+    _pipeloom._exit(_pipeloom.main)

@@ -381,7 +381,18 @@ def test_a_database_of_the_original_is_opened_and_completed(db):
     assert rows(db, "SELECT attempts FROM task_runs WHERE id = 3") == [(1,)]
 
 
-@pytest.mark.parametrize("kind", ["directory", "no parent", "not a database", "another shape", "a device"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "directory",
+        "no parent",
+        "not a database",
+        "another shape",
+        "a lock of others",
+        "a hard link",
+        "a device",
+    ],
+)
 def test_an_unusable_database_is_one_clear_error_and_nothing_is_written(tmp_path, kind):
     path, said = tmp_path / "x.db", "is a directory; name a file in it"
     if kind == "directory":
@@ -397,6 +408,13 @@ def test_an_unusable_database_is_one_clear_error_and_nothing_is_written(tmp_path
         conn.commit()
         conn.close()
         said = "it lacks id INTEGER PRIMARY KEY, name, status, progress"
+    elif kind == "a lock of others":
+        (tmp_path / "x.db-lock").mkdir()
+        said = f"has a lock {os.path.realpath(str(path))!r:.{len(os.path.realpath(str(path))) + 1}}-lock' that gives"
+    elif kind == "a hard link":
+        path.write_bytes(b"")
+        os.link(str(path), str(tmp_path / "y.db"))
+        said = "has another name, a hard link"
     else:
         path, said = Path("/dev/null"), "is no regular file"
     before = sorted(tmp_path.iterdir()), path.read_bytes() if path.is_file() else b""
@@ -640,6 +658,50 @@ def test_a_plain_queue_is_checked_as_well(db):
         q.put(message)
     writer.join(WAIT)
     assert rows(db, "SELECT id, status, progress, result FROM task_runs") == [(1, "done", 1.0, '{"a": 1}')]
+
+
+def test_a_subclass_that_ignores_what_is_not_its_own_is_told_so(db):
+    class Forgets(SQLiteWriter):
+        def handle(self, message):
+            if isinstance(message, User):
+                insert_user(self.conn, message)
+
+    with pytest.raises(
+        pipeloom.WriterFailed, match="Forgets.handle.. ignores that a task has ended; call super"
+    ):
+        run([1, 2], db, nothing, writer=Forgets)
+
+
+def test_a_subclass_whose_thread_ends_too_soon_ends_the_run(tmp_path):
+    class Ends(SQLiteWriter):
+        def run(self):
+            if self.db_path.endswith("late.db"):
+                self._patiently(self._open)
+                self.opened.set()
+                self._close()
+
+    for name in ("early.db", "late.db"):
+        with pytest.raises(
+            pipeloom.WriterFailed, match="Ends.run.. has ended before the run; override handle"
+        ):
+            run(range(10_000), tmp_path / name, nothing, writer=Ends, workers=2)
+
+
+def test_a_subclass_whose_handle_raises_is_told_by_that_exception(db):
+    class Raises(SQLiteWriter):
+        def handle(self, message):
+            raise LookupError("no such thing")
+
+    with pytest.raises(pipeloom.WriterFailed, match="gave up: LookupError: no such thing; mend the cause"):
+        run([1, 2], db, nothing, writer=Raises)
+
+
+def test_a_message_that_holds_an_iterator_is_refused_as_its_handler_may_run_again(db):
+    def work(task, q):
+        with pytest.raises(pipeloom.MessageRefused, match="User.name is an iterator, .* send a list"):
+            q.put(User(task, iter("x")))
+
+    assert run([1], db, work, schema=USERS, handlers={User: insert_user}).done == 1
 
 
 def test_a_subclass_that_overrides_handle_sees_every_message(db):
@@ -1000,11 +1062,14 @@ def test_a_full_disk_ends_the_run_and_with_room_the_next_finishes_it(homes, capl
 
 
 @pytest.mark.parametrize("wal", [True, False])
-@pytest.mark.parametrize("how", ["deleted", "replaced"])
-def test_a_database_file_that_is_taken_away_ends_the_run(db, how, wal):
+@pytest.mark.parametrize("how", ["deleted", "replaced", "without its lock"])
+def test_a_database_file_or_lock_that_is_taken_away_ends_the_run(db, how, wal):
     def work(item, q):
         if item == 1 and how == "deleted":
             os.remove(str(db))
+        elif item == 1 and how == "without its lock":
+            os.remove(f"{db}-lock")
+            run(["meanwhile"], db, nothing)  # which nothing could keep from it; but this run stores no more
         elif item == 1:
             (db.parent / "other").write_text("")
             os.replace(str(db.parent / "other"), str(db))
@@ -1013,6 +1078,7 @@ def test_a_database_file_that_is_taken_away_ends_the_run(db, how, wal):
         pytest.skip("Windows keeps an open file where it is")
     with pytest.raises(pipeloom.WriterFailed, match="was deleted, moved or replaced during the run"):
         run(range(10_000), db, work, workers=2, wal=wal)
+    assert how != "without its lock" or ("meanwhile", "done") in [row[1:] for row in rows(db)]
 
 
 def test_a_worker_may_change_the_directory(tmp_path, monkeypatch):
@@ -3612,6 +3678,44 @@ def test_the_demo_resumes(home):
     )
 
 
+LEFT_BEHIND = """
+import asyncio, pipeloom, time
+from concurrent.futures import ThreadPoolExecutor
+pipe = pipeloom.Pipeline("l.db")
+@pipe.task(timeout=0.3)
+def pool(ctx):
+    with ThreadPoolExecutor(2) as pool: list(pool.map(time.sleep, [600, 600]))
+if hasattr(asyncio, "to_thread"):
+    @pipe.task(timeout=0.3)
+    async def thread(ctx): await asyncio.to_thread(time.sleep, 600)
+if __name__ == "__main__": pipe.main()
+"""
+
+
+def test_pools_of_tasks_that_were_left_behind_do_not_hold_up_the_exit_code(homes):
+    def one(arguments):
+        home = homes()
+        (home / "left.py").write_text(LEFT_BEHIND)
+        done = python(*arguments.split(), cwd=home, code=1)
+        assert re.search(r"  pool( and 1 more)?: timed out after 0.3 s\n", done.stderr)
+
+    at_once(one, [("left.py",), ("-m pipeloom run left.py",), ("pipeloom.py run left.py",)])
+
+
+def test_run_awaits_a_coroutine_and_an_empty_database_name_is_none(home):
+    (home / "job.py").write_text("async def main(): print('ran')")
+    assert python("-m", "pipeloom", "run", "job.py", cwd=home, code=0).stdout == "ran\n"
+    (home / "p.py").write_text(PIPELINE.format(main="", check=True))
+    assert "database '' is no file name" in python("p.py", "--db", "", cwd=home, code=2).stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_file_on_a_full_disk_is_one_warning(home):
+    done = python("-m", "pipeloom", "demo", "-n", "2", "-vv", "-l", "/dev/full", cwd=home, code=0)
+    assert done.stderr.count("the log file '/dev/full' gets no more lines") == 1
+    assert "2 done" in done.stderr and "Traceback" not in done.stderr and "Logging error" not in done.stderr
+
+
 def test_run_tells_failures_by_their_cause(home):
     (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
     done = python("-m", "pipeloom", "run", "job.py", "--arg", "bad=true", cwd=home, code=1)
@@ -3846,7 +3950,9 @@ def test_the_benchmark_measures_what_it_says_and_notices_what_was_not_stored(hom
     broken = Path(tempfile.mkdtemp(dir=str(home)))
     shutil.copytree(str(home / "examples"), str(broken / "examples"))
     source = FILE.read_text(encoding="utf-8")
-    lossy = source.replace("sql = f\"{head}{', '.join([row]", "chunk = chunk[1:] or chunk; sql = f\"{head}{', '.join([row]")
+    lossy = source.replace(
+        "sql = f\"{head}{', '.join([row]", "chunk = chunk[1:] or chunk; sql = f\"{head}{', '.join([row]"
+    )
     assert lossy != source
     (broken / "pipeloom.py").write_text(lossy, encoding="utf-8")
 
