@@ -1649,6 +1649,7 @@ class _Screen:
     cursor is never hidden, so that a process killed at any moment leaves a whole terminal behind.
     """
 
+    PATIENCE = 2.0  # seconds, with a terminal that blocks
     terminal = threading.Lock()  # held by the one screen that is open; a second run shows no bars
 
     def __init__(self, stream: Any, bars: Callable[[int], list[_Bar]], lines: Lines) -> None:
@@ -1677,7 +1678,7 @@ class _Screen:
         if self._thread.ident is None:  # it never began
             return
         self._over.set()
-        self._thread.join(2)
+        self._thread.join(self.PATIENCE)
         for stand_in in self._stand_ins:
             stand_in.leave()
         self.terminal.release()
@@ -2772,6 +2773,8 @@ class _Run:
 
     def _compare_names(self) -> None:
         """Compare the recent names with all before them. There may be millions, which no set should hold."""
+        if not self._recent:
+            return
         names, self._recent = sorted(self._recent), set()
         marks = ", ".join("?" * len(names))
         try:
@@ -2780,9 +2783,9 @@ class _Run:
                 self._names.execute("PRAGMA journal_mode=OFF")
                 self._names.execute("CREATE TABLE names(name TEXT PRIMARY KEY) WITHOUT ROWID")
             known = self._names.execute(f"SELECT name FROM names WHERE name IN ({marks})", names).fetchall()
-            if names and not known:
+            if not known:
                 self._names.execute(f"INSERT INTO names VALUES {marks.replace('?', '(?)')}", names)
-        except sqlite3.OperationalError as error:  # a full temporary directory is no reason to stop
+        except (sqlite3.OperationalError, MemoryError) as error:  # a full temporary directory ends no run
             logger.debug("some names of tasks are not compared: %s", error)
             return
         if known:
