@@ -70,6 +70,17 @@ from operator import attrgetter, index
 from types import CoroutineType
 from unicodedata import category, east_asian_width
 
+if __name__ == "__main__":
+    # This copy of the file would have classes of its own, which the tasks' `import pipeloom` does not know:
+    # hand over to the real module.
+    from importlib import import_module
+
+    if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    _pipeloom = import_module(_name)
+    _pipeloom._exit(_pipeloom.main)
+
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
     from typing import Any, Callable, Iterable, Iterator, List, NoReturn, Optional, Tuple, Union
@@ -2553,6 +2564,7 @@ class _Run:
         self._time = threading.Condition(self._lock)
         self._sleepers = threading.Condition()  # tasks in ctx.sleep(); cancel() wakes them
         self._ready: deque[TaskContext] = deque()
+        self._most_live = max(LIVE, 2 * self._workers)
         self._room = max(64, 4 * self._workers)  # how many tasks are pulled ahead
         self._idle = 0  # workers that wait
         self._dismissed = False
@@ -2866,7 +2878,7 @@ class _Run:
             self._check_faults()
             if self.stopping:
                 self._cancel_ready()
-            elif self._sources and len(self._ready) < self._room and len(self._live) < LIVE:
+            elif self._sources and len(self._ready) < self._room and len(self._live) < self._most_live:
                 if filled and not self._ready:  # tasks so short that a larger stock saves much waking up
                     self._room = min(2 * self._room, 1_024)
                 self._pull_some()
@@ -2888,7 +2900,7 @@ class _Run:
         stage = self._sources[0]
         try:
             upcoming = stage.upcoming or self._open(stage)
-            while len(self._ready) < self._room and len(self._live) < LIVE and not self.stopping:
+            while len(self._ready) < self._room and len(self._live) < self._most_live and not self.stopping:
                 pulled = next(upcoming, None)
                 if pulled is None:
                     return self._exhaust(stage)
@@ -4170,12 +4182,11 @@ def _cmd_init_db(args: Any) -> int:
     return 0
 
 
-# ---- Guard: one copy of every class, under every name by which this file is known ----------------------
+# ---- The other names by which this file is known -------------------------------------------------------
 
 _PLACES = ("messages", "engine", "writer", "progress", "db", "rlog", "demo")  # modules of the original
-if __name__ != "__main__":
-    for _place in _PLACES:
-        sys.modules.setdefault(f"{__name__}.{_place}", sys.modules[__name__])
+for _place in _PLACES:
+    sys.modules.setdefault(f"{__name__}.{_place}", sys.modules[__name__])
 
 
 def __getattr__(name: str) -> Any:
@@ -4188,15 +4199,3 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return sys.modules[__name__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-if __name__ == "__main__":
-    # `__main__` is a second copy of this file, whose classes the tasks' own `import pipeloom` would not
-    # know: hand over to the real module.
-    from importlib import import_module
-
-    if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
-        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
-    _pipeloom = import_module(_name)
-    _pipeloom._exit(_pipeloom.main)
