@@ -63,7 +63,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, compress, count, islice
 from operator import attrgetter, index
@@ -352,7 +352,7 @@ def _row(params: Any) -> Any:
 
 
 def _rows(rows: Iterable[Any]) -> list[Any]:
-    return [_row(row) for row in rows]
+    return [row if type(row) is tuple else _row(row) for row in rows]
 
 
 CHECKS: dict[type, Callable[[Any], Any]] = {
@@ -794,29 +794,6 @@ class _BadMessage(Exception):
 STARTED = object()  # the engine's: the attempt that sends it has started, at its started_at
 
 
-@dataclass(frozen=True)
-class _MsgQueued:
-    """The engine's: these tasks (id, name) are known and wait."""
-
-    tasks: Sequence[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class _MsgOpened:
-    """The engine's: this stage has tasks of its own now, and not the row that stood for them all."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _MsgRunEnded:
-    """The engine's last: how the run ended, and why what was never started will not be."""
-
-    status: str
-    reason: str
-    counts: tuple[int, ...]  # done, error, cancelled, skipped
-
-
 class _TaskRow:
     """A row of task_runs as the next commit will write it."""
 
@@ -900,11 +877,6 @@ class SQLiteWriter(threading.Thread):
             MsgTaskProgress: self._on_progress,
             MsgTaskFinished: self._on_finished,
             MsgExecute: self._on_execute,
-        }
-        self._engine_messages: dict[type, Callable[[Any], None]] = {
-            _MsgQueued: self._on_queued,
-            _MsgOpened: self._on_opened,
-            _MsgRunEnded: self._on_run_ended,
         }
         self._add_handlers(handlers or {})
 
@@ -1088,7 +1060,7 @@ class SQLiteWriter(threading.Thread):
 
     def _reject(self, sender: TaskContext | None, message: Any, error: BaseException) -> None:
         """A message cannot be stored: its task ends as `error`, and nobody else notices."""
-        if type(message) in self._engine_messages:
+        if type(message) is partial:
             raise error
         if sender is None:
             logger.error("message refused: %s, in %.200r", _describe(error), message)
@@ -1186,7 +1158,7 @@ class SQLiteWriter(threading.Thread):
                     for held in sender.held:
                         self._hand_over(held)
                 if self._handles_all:
-                    self._on_finished(message)
+                    self._finish(message, sender)
                     return
                 self._hand_over(message)
                 if not (self._settled and self._settled[-1][0] is sender):
@@ -1196,8 +1168,8 @@ class SQLiteWriter(threading.Thread):
                         self.db_path, f"{kind_of}.handle() ignores that a task has ended", cure
                     )
                 return
-        elif kind in self._engine_messages:
-            self._engine_messages[kind](message)
+        elif kind is partial and self.run_of is not None:  # one of the engine's orders
+            message()
             return
         elif kind in CHECKS:  # from a plain queue, whose put() checks nothing
             message = CHECKS[kind](message)
@@ -1299,7 +1271,10 @@ class SQLiteWriter(threading.Thread):
         self._news[m.task_id, MsgTaskProgress] = m
 
     def _on_finished(self, m: MsgTaskFinished) -> None:
-        sender, row = self._own_sender(m), self._row_or_new(m)
+        self._finish(m, self._own_sender(m))
+
+    def _finish(self, m: MsgTaskFinished, sender: TaskContext | None) -> None:
+        row = self._pending.get(m.task_id) or self._row_or_new(m)
         if sender is None and row.status in FINAL:
             return  # the first finish counts; a worker's own is the first, as its context sees to that
         if m.status == ERROR and sender is not None and sender.may_retry():
@@ -1308,7 +1283,8 @@ class SQLiteWriter(threading.Thread):
         row.finished_at = m.finished_at or None
         if m.status == DONE:
             row.progress = 1.0
-        self._news[m.task_id, MsgTaskFinished] = m
+        if self.display is not None:
+            self._news[m.task_id, MsgTaskFinished] = m
         if sender is not None:
             row.traceback = sender.traceback if m.status != DONE else None
             self._settled.append((sender, m.status, m.message))
@@ -1347,21 +1323,26 @@ class SQLiteWriter(threading.Thread):
             for statement in INSERT_THEN_UPDATE:
                 self.conn.executemany(statement, rows)
 
-    def _on_queued(self, m: _MsgQueued) -> None:
-        for id, name in m.tasks:
+    # The engine's orders, which it sends as partial(writer.enqueue, tasks) and so on
+
+    def enqueue(self, tasks: Sequence[tuple[int, str]]) -> None:
+        """These tasks (id, name) are known, and wait."""
+        for id, name in tasks:
             self._pending[id] = _TaskRow(id, name, QUEUED, run_id=self.run_id)
 
-    def _on_opened(self, m: _MsgOpened) -> None:
-        self.conn.execute(FORGET, (m.name,))
+    def forget(self, name: str) -> None:
+        """A stage has tasks of its own now, and not the row that stood for them all."""
+        self.conn.execute(FORGET, (name,))
 
-    def _on_run_ended(self, m: _MsgRunEnded) -> None:
+    def end_run(self, status: str, reason: str, counts: Iterable[int]) -> None:
+        """The last order: how the run ended, and why what was never started will not be."""
         if not self.store:
             return
-        if m.reason or self._rows:  # rows of its own that a worker began and left
+        if reason or self._rows:  # rows of its own that a worker began and left
             self._write_task_rows()  # what is queued in this very batch, too
             self._pending.clear()
-            self.conn.execute(CANCEL_QUEUED, (m.reason or "never finished", _now(), self.run_id))
-        self.conn.execute(FINISH_RUN, (_now(), m.status, *m.counts, self.run_id))
+            self.conn.execute(CANCEL_QUEUED, (reason or "never finished", _now(), self.run_id))
+        self.conn.execute(FINISH_RUN, (_now(), status, *counts, self.run_id))
 
 
 def _reason(error: BaseException) -> BaseException:
@@ -2148,7 +2129,7 @@ class TaskContext:
         rows = iter(rows)
         while True:
             try:
-                self._group.extend(map(_row, islice(rows, self._limit)))
+                self._group.extend(_rows(islice(rows, self._limit)))
             except BaseException:
                 self._group.clear()  # a worker may catch it, and half a batch is not what it wants stored
                 raise
@@ -2751,10 +2732,10 @@ class _Run:
             ids.append(id)
             queued.append((id, name))
             if len(queued) >= 10_000:
-                self.channel.put(None, _MsgQueued(queued), len(queued))
+                self.channel.put(None, partial(self.writer.enqueue, queued), len(queued))
                 queued = []
         if queued:
-            self.channel.put(None, _MsgQueued(queued), len(queued))
+            self.channel.put(None, partial(self.writer.enqueue, queued), len(queued))
         stage.registered = len(ids)
         stage.upcoming = (
             (item, id, self._named(stage, item, position)[1], None)
@@ -2765,10 +2746,13 @@ class _Run:
         """Each item with its id, its name and, where that matters, its status in earlier runs."""
         iterator = self._interruptibly(iter, items)
         for position in count(1):
+            self._pulling = True  # as in _interruptibly, without a call for each item
             try:
-                item = self._interruptibly(next, iterator)
+                item = next(iterator)
             except StopIteration:
                 return
+            finally:
+                self._pulling = False
             given, name = self._named(stage, item, position)
             if stage.name:
                 self._check_name(name)
@@ -2945,7 +2929,7 @@ class _Run:
     def _forget_stand_in(self, stage: _Stage) -> None:
         """An earlier run may have stored one row for all the tasks of a stage that it could not open."""
         if self._old > -(2**63) and stage.name and not stage.lone:
-            self.channel.put(None, _MsgOpened(stage.name))
+            self.channel.put(None, partial(self.writer.forget, stage.name))
 
     def _skip(self, name: str) -> None:
         """A task that an earlier run has done."""
@@ -3312,7 +3296,7 @@ class _Run:
         counts[CANCELLED] += unsubmitted
         reason = (self.stopping or "never started") if unsubmitted or failure else ""
         if self.writer.error is None:
-            ended = _MsgRunEnded(status, reason, tuple(counts.values()))
+            ended = partial(self.writer.end_run, status, reason, tuple(counts.values()))
             self.channel.put(None, ended, wait=False)
         self.channel.close()
         while self.writer.is_alive():

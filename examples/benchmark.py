@@ -511,10 +511,10 @@ class Line(NamedTuple):
 
 
 LINES = [
-    Line("tasks", 25_000, "/s", "ratio", ">= 1", "pool", 25_000),
-    Line("listed", 25_000, "/s", "ratio", ">= 1", "pool", 25_000),
-    Line("by_hand", 4_000, "/s", "ratio", "", "pool", 25_000),
-    Line("huey", 300, "/s", "ratio", "", "pool", 25_000, needs="huey"),
+    Line("tasks", 50_000, "/s", "ratio", ">= 1", "pool", 50_000),
+    Line("listed", 50_000, "/s", "ratio", "", "pool", 50_000),
+    Line("by_hand", 4_000, "/s", "ratio", "", "pool", 50_000),
+    Line("huey", 300, "/s", "ratio", "", "pool", 50_000, needs="huey"),
     Line("messages", 200_000, "/s", "ratio", ">= 1", "pump", 200_000),
     Line("execute", 400_000, "/s", "ratio", ">= 0.5", "raw", 400_000),
     Line("executemany", 400_000, "/s", "ratio", ">= 1.2", "raw", 400_000),
