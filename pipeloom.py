@@ -416,7 +416,7 @@ CANCEL_QUEUED = (
     " WHERE run_id = ? AND status IN ('queued', 'running')"
 )
 UPSERTS = sqlite3.sqlite_version_info >= (3, 24)
-VARIABLES = 999  # in one statement; newer SQLites take more
+VARIABLES = 3_000 if sqlite3.sqlite_version_info >= (3, 32) else 999  # in one statement
 
 # The codes of errors that may pass: BUSY LOCKED NOMEM INTERRUPT IOERR FULL CANTOPEN, and their texts for
 # Pythons before 3.11, which do not tell the code.
@@ -690,7 +690,7 @@ class Channel:
         return True
 
     def _is_full(self) -> bool:
-        return len(self._items) + self._rows // 4 >= self._limit
+        return len(self._items) + self._rows >= self._limit
 
     def _wait_for_room(self) -> None:
         with self._lock:
@@ -2764,7 +2764,7 @@ class _Run:
         if name in self._recent:
             raise _same_name(name)
         self._recent.add(name)
-        if len(self._recent) == VARIABLES:
+        if len(self._recent) == 999:  # as many as every SQLite takes in one statement
             self._compare_names()
 
     def _compare_names(self) -> None:
