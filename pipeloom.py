@@ -3787,11 +3787,12 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
 def _exit(command: Callable[[], int]) -> NoReturn:
     """End the program with the code of a command."""
     code: Any = 0
+    before = threading.enumerate()
     try:
         code = command()
     except SystemExit as error:
         code = error.code
-    if all(thread.name != "pipeloom-worker" for thread in threading.enumerate()):
+    if all(thread.name != "pipeloom-worker" or thread in before for thread in threading.enumerate()):
         sys.exit(code)
     # A task was left behind. Python waits at its end for the threads of every ThreadPoolExecutor and
     # asyncio.to_thread, perhaps for ever; a task's should not hold up the exit code.
