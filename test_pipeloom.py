@@ -42,6 +42,7 @@ from pipeloom import (
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "pipeloom.py"
 KILLS = int(os.environ.get("PIPELOOM_KILLS", "36"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script tests in its background
 WAIT = 20  # seconds; nothing takes as long unless it hangs
 try:
     import rich
