@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -466,6 +467,68 @@ def test_a_full_channel_holds_its_producer_until_it_is_drained():
     channel.close()
     assert channel.drain() == [(None, 3)] and channel.drain() is None
     thread.join(WAIT)
+
+
+@pytest.fixture
+def many_switches():
+    """Threads take turns after a microsecond."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_what_many_threads_put_arrives_once_and_in_the_order_of_each(many_switches):
+    channel, taken = pipeloom.Channel(limit=50), []
+
+    def produce(who):
+        for number in range(1_000):
+            channel.put(None, (who, number), rows=number % 3)
+
+    def take():
+        while (items := channel.drain()) is not None:
+            taken.extend(message for _, message in items)
+
+    reader = threading.Thread(target=take)
+    reader.start()
+    at_once(produce, [(who,) for who in range(8)])
+    channel.close()
+    reader.join(WAIT)
+    assert not reader.is_alive() and len(taken) == 8_000
+    for who in range(8):
+        assert [number for sender, number in taken if sender == who] == list(range(1_000))
+
+
+def test_a_lone_message_always_wakes_the_reader(many_switches):
+    channel, arrived = pipeloom.Channel(), threading.Semaphore(0)
+
+    def take():
+        while channel.drain() is not None:
+            arrived.release()
+
+    reader = threading.Thread(target=take)
+    reader.start()
+    for number in range(3_000):
+        channel.put(None, number)
+        assert arrived.acquire(timeout=WAIT), number
+    channel.close()
+    reader.join(WAIT)
+
+
+def test_of_all_who_end_an_attempt_at_once_one_does_and_nothing_follows_it(many_switches):
+    channel = pipeloom.Channel()
+
+    def end(sender, barrier, ended):
+        barrier.wait(WAIT)
+        ended.append(channel.put(sender, "end", last=True))
+        assert not channel.put(sender, "late")
+
+    for _ in range(50):
+        sender = SimpleNamespace(lock=threading.Lock(), closed=False)
+        barrier, ended = threading.Barrier(4), []
+        at_once(end, [(sender, barrier, ended)] * 4)
+        assert sorted(ended) == [False, False, False, True]
+    assert [message for _, message in channel.drain()] == ["end"] * 50
 
 
 def test_a_channel_that_fails_releases_every_waiting_producer():
