@@ -1138,18 +1138,10 @@ class SQLiteWriter(threading.Thread):
                 sender.has_news = False
                 message = sender.news
             elif message is STARTED:
-                if self._handles_all and self.display is None:
-                    self._pending[sender.task_id] = _TaskRow(
-                        sender.task_id,
-                        sender.name,
-                        RUNNING,
-                        0.0,
-                        "",
-                        sender.started_at,
-                        None,
-                        None,
-                        sender.attempt,
-                        self.run_id,
+                if self._handles_all and self.display is None:  # nobody needs a message
+                    id, at, attempt = sender.task_id, sender.started_at, sender.attempt
+                    self._pending[id] = _TaskRow(
+                        id, sender.name, RUNNING, started_at=at, attempts=attempt, run_id=self.run_id
                     )
                     return
                 message = MsgTaskStarted(sender.task_id, sender.name, sender.started_at)
@@ -1161,12 +1153,7 @@ class SQLiteWriter(threading.Thread):
                     self._finish(message, sender)
                     return
                 self._hand_over(message)
-                if not (self._settled and self._settled[-1][0] is sender):
-                    kind_of = type(self).__name__
-                    cure = "call super().handle(message) for every message that is not your own"
-                    raise WriterFailed(
-                        self.db_path, f"{kind_of}.handle() ignores that a task has ended", cure
-                    )
+                self._check_settled(sender)
                 return
         elif kind is partial and self.run_of is not None:  # one of the engine's orders
             message()
@@ -1181,6 +1168,13 @@ class SQLiteWriter(threading.Thread):
             raise MessageRefused(
                 "the transaction was rolled back under the handler; let its exception through"
             )
+
+    def _check_settled(self, sender: TaskContext) -> None:
+        """Its finish was applied: the run would wait for ever for one that a subclass keeps to itself."""
+        if not self._settled or self._settled[-1][0] is not sender:
+            what = f"{type(self).__name__}.handle() ignores that a task has ended"
+            cure = "call super().handle(message) for every message that is not your own"
+            raise WriterFailed(self.db_path, what, cure)
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
