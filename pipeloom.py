@@ -416,7 +416,8 @@ CANCEL_QUEUED = (
     " WHERE run_id = ? AND status IN ('queued', 'running')"
 )
 UPSERTS = sqlite3.sqlite_version_info >= (3, 24)
-VARIABLES = 3_000 if sqlite3.sqlite_version_info >= (3, 32) else 999  # in one statement
+# In one statement. SQLites before 3.32 take 999, and those before 3.8.8 no more than 500 rows.
+VARIABLES = 3_000 if sqlite3.sqlite_version_info >= (3, 32) else 999 if UPSERTS else 500
 
 # The codes of errors that may pass: BUSY LOCKED NOMEM INTERRUPT IOERR FULL CANTOPEN, and their texts for
 # Pythons before 3.11, which do not tell the code.
@@ -672,9 +673,6 @@ class Channel:
             self._wait_for_room()
         if self.failure is not None:
             raise self.failure
-        if rows:
-            with self._lock:
-                self._rows += rows
         if sender is None:
             self._items.append((None, message))
         else:
@@ -683,6 +681,9 @@ class Channel:
                     return False
                 sender.closed = last
                 self._items.append((sender, message))
+        if rows:
+            with self._lock:
+                self._rows += rows  # of an item that is drained already, perhaps; see _is_full
         if self._reader_waits:
             with self._lock:
                 self._reader_waits = False
@@ -690,7 +691,9 @@ class Channel:
         return True
 
     def _is_full(self) -> bool:
-        return len(self._items) + self._rows >= self._limit
+        """Never without an item: it is for these that the writer comes, and then forgets the rows."""
+        items = len(self._items)
+        return items > 0 and items + self._rows >= self._limit
 
     def _wait_for_room(self) -> None:
         with self._lock:
@@ -1672,7 +1675,7 @@ class _Screen:
     def above(self, stream: Any, text: str) -> None:
         """Have whole lines written to `stream`, above the block. Any thread may call it."""
         patient = threading.current_thread() is not threading.main_thread()  # that one heeds signals
-        while patient and len(self._backlog) >= BACKLOG and self._thread.is_alive():
+        while patient and len(self._backlog) >= BACKLOG and self._draws and self._thread.is_alive():
             time.sleep(FRAME)
         with self._lock:
             self._backlog.append((stream, text))
@@ -1693,13 +1696,15 @@ class _Screen:
 
     def _end(self, error: Exception | None = None) -> None:
         """Nothing is drawn any more: lines go where they always went."""
-        if error is not None:
-            logger.debug("the bars are off: %s", _describe(error))
+        with self._lock:
+            self._draws = (
+                False  # first: who waits in above() may hold the lock of a handler that is given back
+            )
         for stand_in in self._stand_ins:
             stand_in.leave()
-        with self._lock:
-            self._draws = False
         self._write_backlog()
+        if error is not None:
+            logger.debug("the bars are off: %s", _describe(error))
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
@@ -2189,7 +2194,8 @@ class TaskContext:
         The worker calls it, and so do a deadline and the second Ctrl-C, which do not wait and leave its
         rows alone: the writer applies those of a done task only.
         """
-        if wait and not self.closed and (message.status == DONE or not self.stage.atomic):
+        keeps = message.status == DONE or not self.stage.atomic
+        if wait and keeps and not self.closed and self.reason is None:
             self._send_group()
         return self._run.channel.put(self, message, self._held_rows, last=True, wait=wait)
 
@@ -2608,13 +2614,14 @@ class _Run:
             )
         _check_database(self.writer.db_path)
         lock = _RunLock(self.writer.db_path)
-        previous = self._take_signals()
+        previous: dict[int, Any] = {}
         failure: BaseException | None = None
-        _running.add(self)
-        if lock.path:
-            self.writer.files[lock.path] = os.stat(lock.path)
         try:
             try:
+                previous = self._take_signals()
+                _running.add(self)
+                if lock.path:
+                    self.writer.files[lock.path] = os.stat(lock.path)
                 self._start()
                 self._pull_all()
             except BaseException as error:
@@ -2758,7 +2765,7 @@ class _Run:
         if name in self._recent:
             raise _same_name(name)
         self._recent.add(name)
-        if len(self._recent) == 999:  # as many as every SQLite takes in one statement
+        if len(self._recent) == 500:  # as many as every SQLite takes in one statement
             self._compare_names()
 
     def _compare_names(self) -> None:
@@ -3245,6 +3252,9 @@ class _Run:
         try:
             if failure is not None and self.writer.error is None and self.writer.opened.is_set():
                 self._drain()
+        except BaseException as error:  # the writer has failed meanwhile, most likely
+            failure = failure or error
+        try:
             self._dismiss()
             for conn in (self._reader, self._names):
                 if conn is not None:

@@ -1781,6 +1781,43 @@ def test_a_worker_keeps_its_own_list_and_may_use_it_again(db):
     assert rows(db, "SELECT * FROM users ORDER BY key") == [("a", "z"), ("b", "x"), ("c", "x"), ("d", "y")]
 
 
+@pytest.mark.parametrize("late", ["finish", "deadline"])
+def test_what_a_task_with_many_rows_says_too_late_holds_nobody_up(db, clock, late):
+    def work(task, ctx):
+        if task == 1:
+            ctx.executemany("INSERT INTO users VALUES (?, 'x')", ((f"{n}",) for n in range(5_000)))
+            ctx.executemany("INSERT INTO users VALUES (?, 'y')", [("last",)])
+            if late == "deadline":
+                clock.advance(ctx, 61)
+                ctx.sleep(WAIT)
+            ctx.put(MsgTaskFinished(ctx.task_id, "done", "now"))
+            threading.Event().wait(0.2)
+            ctx.put(MsgTaskFinished(ctx.task_id, "done", "later"))
+
+    result = run(range(100), db, work, workers=1, schema=USERS, timeout=60, check=False)
+    assert result.done == (100 if late == "finish" else 99)
+    assert rows(db, "SELECT count(*) FROM users") == [(5_001 if late == "finish" else 0,)]
+
+
+def test_a_stream_that_is_told_to_stop_ends_without_a_traceback(db, capfd):
+    class Dies(SQLiteWriter):
+        def _transaction(self, batch):
+            if streaming.is_set():
+                raise pipeloom.WriterFailed("x.db", "broken", "mend it")
+            super()._transaction(batch)
+
+    def work(task, ctx):
+        ctx.execute("INSERT INTO users VALUES ('a', 'b')")
+        streaming.set()
+        ctx.put(MsgTaskProgress(ctx.task_id, 1, 2))
+        ctx.sleep(WAIT)
+
+    streaming = threading.Event()
+    with pytest.raises(pipeloom.WriterFailed, match="broken"):
+        run([1], db, work, schema=USERS, atomic=False, writer=Dies)
+    assert "Exception in thread" not in capfd.readouterr().err
+
+
 def test_rows_of_differing_lengths_are_an_error_and_not_shifted(db):
     def work(task, ctx):
         ctx.executemany("INSERT INTO users VALUES (?, ?)", [("a",), ("b", "x", "c")])
