@@ -673,6 +673,9 @@ class Channel:
             self._wait_for_room()
         if self.failure is not None:
             raise self.failure
+        if rows:
+            with self._lock:
+                self._rows += rows  # too many, if the sender is closed; see _is_full
         if sender is None:
             self._items.append((None, message))
         else:
@@ -681,9 +684,6 @@ class Channel:
                     return False
                 sender.closed = last
                 self._items.append((sender, message))
-        if rows:
-            with self._lock:
-                self._rows += rows  # of an item that is drained already, perhaps; see _is_full
         if self._reader_waits:
             with self._lock:
                 self._reader_waits = False
