@@ -57,16 +57,16 @@ import sqlite3
 import sys
 import threading
 import time
-from array import array
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
-from heapq import heappop, heappush
-from itertools import chain, compress, count, islice
+from heapq import heapify, heappop, heappush
+from itertools import chain, count, islice
 from operator import attrgetter, index
+from threading import get_ident
 from types import CoroutineType
 from unicodedata import category, east_asian_width
 
@@ -79,14 +79,14 @@ if __name__ == "__main__":
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
     _pipeloom = import_module(_name)
-    _pipeloom._exit(_pipeloom.main)
+    _pipeloom._end_program(_pipeloom.main)
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
     from typing import Any, Callable, Iterable, Iterator, List, NoReturn, Optional, Tuple, Union
 
     Handler = Callable[[sqlite3.Connection, Any], object]
-    Item = Tuple[Optional["TaskContext"], Any]  # what travels on the channel: who sent it, the message
+    Item = Tuple[Optional["_Attempt"], Any]  # what travels on the channel: who sent it, the message
     Lines = Callable[[List["_Bar"], int, "_Style"], List[Tuple[str, int]]]  # of bars: each with its cells
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
     console: Any
@@ -102,6 +102,7 @@ if TYPE_CHECKING:
 # channel    the bounded way from the workers to the writer
 # writer     the thread that owns the SQLite connection
 # settled    said of a task whose final status is committed
+# stray      said of an exception that a signal handler of the user's raises, between any two of our lines
 
 __version__ = "1.0.0"
 __all__ = [
@@ -157,7 +158,7 @@ class RunInProgress(PipeloomError):
     """Another run holds the database. Nothing was started or written; `path` names the database."""
 
     def __init__(self, path: str, holder: str) -> None:
-        super().__init__(f"database {path!r} is held by {holder}; wait for its end, or use another file")
+        super().__init__(f"database {path!r} is in use by {holder}; wait until it ends, or use another file")
         self.path = path
 
 
@@ -169,7 +170,7 @@ class PipelineError(PipeloomError):
         more = f" (and {result.error - 1:,} more)" if result.error > 1 else ""
         super().__init__(
             f"{result.error:,} of {result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
-            "mend the cause and run again, with resume=True for what is not done"
+            "fix the cause and run again, with resume=True for what is not done"
         )
         self.result = result
 
@@ -231,6 +232,7 @@ class MsgExecute:
 
 TaskDef = DemoTask = Task
 MsgTaskStart, MsgTaskFinish = MsgTaskStarted, MsgTaskFinished
+TRANSACTION = re.compile(r"\s*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
 SENTINEL = object()  # asks a writer to commit what it has and stop; known by identity
 
 
@@ -246,13 +248,18 @@ def _now() -> str:
 _second = (0, "")
 
 
-def _describe(error: BaseException) -> str:
-    """The type and text of an exception, even of one whose own `__str__` raises."""
+def _words(error: BaseException) -> str:
+    """The text of an exception, even of one whose own `__str__` raises."""
     try:
-        text = str(error)
+        text = _text(error)
     except BaseException:
-        text = "(its text cannot be shown)"
-    text = text if len(text) < 5_000 else f"{text[:5_000]}..."  # it may hold a whole response, or file
+        return "(its text cannot be shown)"
+    return text if len(text) < 5_000 else f"{text[:5_000]}..."  # it may hold a whole response, or file
+
+
+def _describe(error: BaseException) -> str:
+    """The type and text of an exception."""
+    text = _words(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -329,21 +336,17 @@ def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
 
 
 def _checked_execute(m: MsgExecute) -> MsgExecute:
-    if not isinstance(m.sql, str):
-        raise MessageRefused(f"sql {m.sql!r} cannot be run: expected a str")
+    _check_sql(m.sql)
     if m.many:
         return MsgExecute(m.sql, _rows(m.params), True)
     return MsgExecute(m.sql, _row(m.params))
 
 
-def _check_own(message: Any) -> None:
-    """A handler may get a message again, when the batch that it came in is replayed without a bad one."""
-    for name, value in getattr(message, "__dict__", {}).items():
-        if hasattr(type(value), "__next__"):
-            raise MessageRefused(
-                f"{type(message).__name__}.{name} is an iterator, of which a handler that runs again would "
-                "find nothing left; send a list"
-            )
+def _check_sql(sql: object) -> None:
+    if not isinstance(sql, str):
+        raise MessageRefused(f"sql {sql!r} cannot be run: expected a str")
+    if TRANSACTION.match(sql):
+        raise MessageRefused(f"{sql!r:.80} was sent by a task; transactions are the writer's: leave it out")
 
 
 def _row(params: Any) -> Any:
@@ -365,91 +368,79 @@ CHECKS: dict[type, Callable[[Any], Any]] = {
 
 # ---- Database: how the file is opened, what it holds, which errors pass by themselves ------------------
 
+if sqlite3.sqlite_version_info < (3, 24):
+    raise ImportError(f"pipeloom needs SQLite 3.24 or newer, and this Python has {sqlite3.sqlite_version}")
+
 COLUMNS = {  # of task_runs; the first eight are the original pipeloom's
     "id": "INTEGER PRIMARY KEY",
     "name": "TEXT NOT NULL",
-    "status": "TEXT NOT NULL",  # queued | running | done | error | cancelled
+    "status": "TEXT NOT NULL",  # running | done | error | cancelled; queued: it waits for its retry
     "progress": "REAL NOT NULL DEFAULT 0.0",  # a fraction, 0..1
     "message": "TEXT",
     "started_at": "TEXT",
     "finished_at": "TEXT",
     "result": "TEXT",
     "attempts": "INTEGER",
-    "run_id": "INTEGER",
+    "run_id": "INTEGER",  # the run that has last changed it: for what is done, the one that did it
     "traceback": "TEXT",
 }
+RUN_COLUMNS = {
+    "id": "INTEGER PRIMARY KEY", "started_at": "TEXT", "finished_at": "TEXT", "status": "TEXT",
+    "host": "TEXT", "pid": "INTEGER", "version": "TEXT", "done": "INTEGER", "error": "INTEGER",
+    "cancelled": "INTEGER", "skipped": "INTEGER", "total": "INTEGER",  # tasks, where that is known
+}  # fmt: skip
+TABLES = {"task_runs": COLUMNS, "pipeline_runs": RUN_COLUMNS}
 _NAMES = ", ".join(COLUMNS)
-CREATE_TASKS = "CREATE TABLE IF NOT EXISTS task_runs({})".format(
-    ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-)
-CREATE_RUNS = """CREATE TABLE IF NOT EXISTS pipeline_runs(
-    id INTEGER PRIMARY KEY, started_at TEXT, finished_at TEXT, status TEXT, host TEXT, pid INTEGER,
-    version TEXT, done INTEGER, error INTEGER, cancelled INTEGER, skipped INTEGER)"""
+_MARKS = f"({', '.join('?' * len(COLUMNS))})"
 INSERT_TASKS = f"INSERT INTO task_runs({_NAMES}) VALUES "
 # No REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
 OR_UPDATE = " ON CONFLICT(id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS)
-INSERT_THEN_UPDATE = (  # for SQLites before 3.24, a row at a time
-    f"INSERT OR IGNORE INTO task_runs({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})",
-    f"UPDATE task_runs SET {', '.join(f'{name} = ?{n}' for n, name in enumerate(COLUMNS, 1))} WHERE id = ?1",
-)
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
-FIND_NAME = "SELECT id, status FROM task_runs WHERE name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
-FIND_ID = "SELECT id, status, run_id FROM task_runs WHERE id = ?"
+FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
+FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
-    "INSERT INTO pipeline_runs(started_at, status, host, pid, version, done, error, cancelled, skipped)"
-    " VALUES (?, 'running', ?, ?, ?, 0, 0, 0, 0)"
+    "INSERT INTO pipeline_runs(started_at, status, host, pid, version, total)"
+    " VALUES (?, 'running', ?, ?, ?, ?)"
 )
+SET_TOTAL = "UPDATE pipeline_runs SET total = ? WHERE id = ?"
 FINISH_RUN = (
-    "UPDATE pipeline_runs SET finished_at = ?, status = ?, done = ?, error = ?, cancelled = ?, skipped = ?"
-    " WHERE id = ?"
+    "UPDATE pipeline_runs SET finished_at = ?, status = ?, done = ?, error = ?, cancelled = ?, skipped = ?,"
+    " total = ? WHERE id = ?"
 )
 HOLDER = "SELECT pid, host, started_at FROM pipeline_runs WHERE status = 'running' ORDER BY id DESC LIMIT 1"
-MARK_INTERRUPTED = (  # what a run that died left behind
-    "UPDATE task_runs SET status = 'cancelled', message = 'interrupted', finished_at = ?"
-    " WHERE status IN ('queued', 'running')",
-    "UPDATE pipeline_runs SET status = 'cancelled', finished_at = ? WHERE status = 'running'",
-)
-CANCEL_QUEUED = (
+UNSETTLED = "SELECT 1 FROM pipeline_runs WHERE status = 'running'"
+UNFINISHED_TASKS = (  # those that nobody will finish any more
     "UPDATE task_runs SET status = 'cancelled', message = ?, finished_at = ?"
-    " WHERE run_id = ? AND status IN ('queued', 'running')"
+    " WHERE status IN ('queued', 'running')"
 )
-UPSERTS = sqlite3.sqlite_version_info >= (3, 24)
-# In one statement. SQLites before 3.32 take 999, and those before 3.8.8 no more than 500 rows.
-VARIABLES = 3_000 if sqlite3.sqlite_version_info >= (3, 32) else 999 if UPSERTS else 500
+UNFINISHED_RUNS = "UPDATE pipeline_runs SET status = 'cancelled', finished_at = ? WHERE status = 'running'"
+VARIABLES = 3_000 if sqlite3.sqlite_version_info >= (3, 32) else 999  # in one statement
 
-# The codes of errors that may pass: BUSY LOCKED NOMEM INTERRUPT IOERR FULL CANTOPEN, and their texts for
-# Pythons before 3.11, which do not tell the code.
-PASSING_CODES = frozenset({5, 6, 7, 9, 10, 13, 14})
-PASSING_TEXTS = (
-    "database is locked", "database table is locked", "database schema is locked", "out of memory",
-    "interrupted", "disk i/o error", "database or disk is full", "unable to open database file",
-)  # fmt: skip
-
-
-def _is_passing(error: BaseException) -> bool:
-    if not isinstance(error, sqlite3.OperationalError):
-        return False
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is not None:
-        return code & 0xFF in PASSING_CODES
-    return str(error).lower().startswith(PASSING_TEXTS)
+# What an error of SQLite's is about, by the beginning of its text: Pythons before 3.11 do not tell the code.
+TROUBLES = {
+    "database is locked": "lock",  # while a "table" is locked by the same connection: its own fault
+    "database or disk is full": "disk", "disk i/o error": "disk", "out of memory": "disk",
+    "interrupted": "disk",
+    "unable to open database file": "open",
+    "database disk image is malformed": "corrupt", "file is not a database": "corrupt",
+}  # fmt: skip
+PASSING = ("lock", "disk", "open")  # by themselves, at times
+CURES = {
+    "lock": "end the program that holds it, or pass a longer busy_timeout=",
+    "disk": "make room on the disk or repair it",
+    "open": "check that its directory can be written, and that a process may open more files (ulimit -n)",
+    "corrupt": "restore a copy of it or use another file",
+}
 
 
-def _is_disk(error: BaseException) -> bool:
-    """Whether it may pass and can hit any statement; a lock meets only those that begin or end."""
-    return _is_passing(error) and not _is_lock(error) and "unable to open" not in str(error)
-
-
-def _is_lock(error: BaseException) -> bool:
-    return "locked" in str(error)
-
-
-def _is_corrupt(error: BaseException) -> bool:
-    """Whether the file itself is damaged: nobody should write on."""
-    texts = "database disk image is malformed", "file is not a database"
-    return isinstance(error, sqlite3.DatabaseError) and str(error).startswith(texts)
+def _trouble(error: BaseException) -> str:
+    """ "lock", "disk" (which any statement may meet), "open", "corrupt", or "": the statement's own."""
+    if not isinstance(error, sqlite3.DatabaseError):
+        return ""
+    text = str(error).lower()
+    return next((trouble for start, trouble in TROUBLES.items() if text.startswith(start)), "")
 
 
 def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
@@ -457,23 +448,25 @@ def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
 
     A run needs none: its writer has one. For reading beside a run, `ctx.connect()` is the better choice.
     """
-    return _open(db_path, wal=wal, timeout=60.0, isolation_level="")
-
-
-def _open(db_path: object, *, wal: bool, timeout: float, isolation_level: str | None) -> sqlite3.Connection:
     path = os.fspath(db_path)  # type: ignore[call-overload]
-    conn = sqlite3.connect(path, timeout=timeout, isolation_level=isolation_level)  # type: ignore[arg-type]
+    conn = sqlite3.connect(path, timeout=60.0)
+    _set_up(conn, path, wal, logger.log)
+    return conn
+
+
+def _set_up(conn: sqlite3.Connection, path: str, wal: bool, tell: Callable[..., object]) -> None:
+    """Choose how it writes; closes it if that fails."""
     try:
         wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
         got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
         if got.upper() != wanted:
-            logger.warning("database %r: journal mode is %s, as %s is not to be had here", path, got, wanted)
+            told = "database %r: journal mode is %s, as %s does not work here"
+            tell(logging.WARNING, told, path, got, wanted)
         conn.execute("PRAGMA synchronous=NORMAL")
         conn.execute("PRAGMA foreign_keys=ON")
     except BaseException:
         conn.close()
         raise
-    return conn
 
 
 def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) -> sqlite3.Connection:
@@ -502,27 +495,25 @@ def init_schema(conn: sqlite3.Connection, *, store_task_status: bool) -> None:
     """
     if not store_task_status:
         return
-    conn.execute(CREATE_TASKS)
-    conn.execute(CREATE_RUNS)
-    for name in _missing_columns(conn):
-        conn.execute(f"ALTER TABLE task_runs ADD COLUMN {name} {COLUMNS[name]}")
+    for table, columns in TABLES.items():
+        definition = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+        conn.execute(f"CREATE TABLE IF NOT EXISTS {table}({definition})")
+        for name in _missing_columns(conn, table):
+            conn.execute(f"ALTER TABLE {table} ADD COLUMN {name} {columns[name]}")
     if conn.in_transaction and conn.isolation_level is not None:
         conn.commit()  # the caller's connection is one that opens transactions by itself
 
 
-def _missing_columns(conn: sqlite3.Connection) -> list[str]:
-    """Which columns a task_runs table lacks; none where there is no such table."""
-    found = {row[1]: row for row in conn.execute("PRAGMA table_info(task_runs)")}
-    missing = [name for name in COLUMNS if found and name not in found]
+def _missing_columns(conn: sqlite3.Connection, table: str) -> list[str]:
+    """Which columns a table of ours lacks; none where there is no such table."""
+    found = {row[1]: row for row in conn.execute(f"PRAGMA table_info({table})")}
+    missing = [name for name in TABLES[table] if found and name not in found]
     if "id" in found and (found["id"][2].upper(), found["id"][5]) != ("INTEGER", 1):
         missing.insert(0, "id INTEGER PRIMARY KEY")
-    if set(missing) - set(list(COLUMNS)[8:]):
+    if set(missing) - set(list(TABLES[table])[8:]):
         path = next((row[2] for row in conn.execute("PRAGMA database_list") if row[1] == "main"), "")
-        raise DatabaseError(
-            path,
-            f"has a table task_runs of another shape: it lacks {', '.join(missing)}",
-            "rename that table or use another file",
-        )
+        what = f"has a table {table} of another shape: it lacks {', '.join(missing)}"
+        raise DatabaseError(path, what, "rename that table or use another file")
     return missing
 
 
@@ -542,44 +533,43 @@ def _statements(script: str) -> Iterator[str]:
         if piece == ";" and sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-    if _has_sql(statement):
+    if re.sub(r"--[^\n]*|/\*.*?\*/", "", statement, flags=re.S).strip(" \t\r\n;"):
         yield statement
 
 
-def _has_sql(text: str) -> bool:
-    return bool(re.sub(r"--[^\n]*|/\*.*?\*/", "", text, flags=re.S).strip(" \t\r\n;"))
-
-
-def _check_database(path: str) -> None:
-    """Find out before anything is written whether `path` can be this run's database."""
+def _check_database(path: str, kept: bool = True) -> None:
+    """Find out before anything is written whether `path` can be this run's database; `kept`: with status."""
     if path == ":memory:":
         return
     if not path or "\0" in path:
         raise DatabaseError(path, "is no file name", "name a file")
-    parent = os.path.dirname(os.path.abspath(path))
+    parent = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path):
         raise DatabaseError(path, "is a directory", "name a file in it")
+    if os.path.islink(os.path.realpath(path)):
+        raise DatabaseError(path, "is a link that leads nowhere", "name a file")
     if not os.path.isdir(parent):
-        raise DatabaseError(path, f"cannot be made: there is no directory {parent!r}", "create that first")
-    target = path if os.path.exists(path) else parent
-    if not os.access(target, os.W_OK) or not os.access(parent, os.W_OK):
-        raise DatabaseError(path, "cannot be written", f"change the permissions of {target!r} or use another")
+        raise DatabaseError(path, f"cannot be made: there is no directory {parent!r}", "create it first")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DatabaseError(path, "is no regular file", "name a file")
+        raise DatabaseError(path, "is not a regular file", "name a file")
+    if not os.access(parent, os.W_OK):  # SQLite makes files beside the database
+        what = "needs files beside it, which cannot be made"
+        raise DatabaseError(path, what, f"change the permissions of {parent!r} or use another directory")
     if os.path.exists(path):
-        if os.stat(path).st_nlink > 1:
-            what = "has another name, a hard link; SQLite keeps a journal for each, and we a lock"
-            raise DatabaseError(path, what, "remove that, make it a symbolic link or use a copy")
-        _check_contents(path)
+        if not os.access(path, os.W_OK):
+            raise DatabaseError(path, "cannot be written", "change its permissions or use another file")
+        _check_contents(path, kept)
 
 
-def _check_contents(path: str) -> None:
+def _check_contents(path: str, kept: bool) -> None:
     conn = _connect_readonly(path, timeout=0.25)
     try:
-        _missing_columns(conn)
+        conn.execute("SELECT 1 FROM sqlite_master").fetchone()
+        for table in TABLES if kept else ():
+            _missing_columns(conn, table)
     except sqlite3.DatabaseError as error:
         # A lock is waited out later, by the writer; and what a killed run left half-written, it rolls back.
-        if not _is_passing(error) and "readonly" not in str(error):
+        if _trouble(error) not in PASSING and "readonly" not in str(error):
             raise DatabaseError(path, f"cannot be read: {error}", "restore it or use another file") from error
     finally:
         conn.close()
@@ -602,22 +592,27 @@ class _RunLock:
         try:
             self._conn = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
             self._conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
-            self._conn.execute("BEGIN EXCLUSIVE")
+            self._conn.execute("BEGIN EXCLUSIVE")  # a mere read transaction, if the file is read-only
+            self._conn.execute("PRAGMA user_version=1")  # which then raises; it is never committed
         except sqlite3.Error as error:
             self.release()
-            if _is_lock(error):
+            if _trouble(error) == "lock":
                 raise RunInProgress(db_path, _holder(db_path)) from None
-            cure = "give its owner's rights to whoever runs this, or use a database elsewhere"
-            raise DatabaseError(db_path, f"has a lock {self.path!r} that gives {error}", cure) from error
+            what = f"cannot be locked with the file {self.path!r}: {error}"
+            cure = "make that file writable for the user who runs this, or use a database elsewhere"
+            if not os.path.exists(self.path):
+                cure = CURES["open"]
+            raise DatabaseError(db_path, what, cure) from error
 
     @staticmethod
-    def is_held(db_path: str) -> bool:
-        """Whether a run has the database. For readers: takes nothing that a run would meet for long."""
+    def is_held(db_path: str) -> bool | None:
+        """Whether a run has the database; None if this user may not know. It is never in a run's way."""
+        path = os.path.realpath(db_path) + "-lock"
         try:
-            with _connect_readonly(os.path.realpath(db_path) + "-lock", timeout=0) as conn:
+            with _connect_readonly(path, timeout=0) as conn:
                 conn.execute("SELECT 1 FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
-            return _is_lock(error)
+            return True if _trouble(error) == "lock" else None if os.path.exists(path) else False
         return False
 
     def release(self) -> None:
@@ -627,11 +622,8 @@ class _RunLock:
 
 def _holder(db_path: str) -> str:
     try:
-        conn = _connect_readonly(db_path)
-        try:
+        with _connect_readonly(db_path) as conn:
             row = conn.execute(HOLDER).fetchone()
-        finally:
-            conn.close()
     except sqlite3.Error:  # it is about to be made, or keeps no status
         row = None
     return "process {} on {}, since {}".format(*row) if row else "another run"
@@ -641,138 +633,93 @@ def _holder(db_path: str) -> str:
 
 
 class Channel:
-    """A bounded way to its one reader, the writer, which takes all that is there at once.
+    """The bounded way to the writer, which takes all that is there at once; SENTINEL is its end.
 
-    Where all is well put() takes no lock that others want: many busy threads at one lock hand the processor
-    on with every message. `_items` is a deque, whose ends are safe without one; who has put looks whether the
-    reader waits, and the reader looks at `_items` once more after it has said so. The lock is for those who
-    wait: producers at `_room`, which drain() and fail() announce, the writer at `_mail`, which put() and
-    close() announce. fail() ends every wait for good.
+    The queue below is C and wakes its reader itself: where all is well put() takes no lock that others want.
+    `_room` is for producers that wait while it is full; drain() and fail() announce it. fail() ends every
+    wait for good. A lone SQLiteWriter's user has a queue.Queue instead, whose items are bare messages.
     """
 
-    def __init__(self, limit: int = 4_000) -> None:
-        self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._mail = threading.Condition(self._lock)
-        self._items: deque[Item] = deque()
-        self._rows = 0  # in the messages, which count as well: what waits here stays small
+    def __init__(self, source: Any = None, limit: int = 4_000) -> None:
+        self._queue: Any = queue.SimpleQueue() if source is None else source
+        self._bare = source is not None
         self._limit = limit
-        self._reader_waits = False
-        self._closed = False
+        self._rows = 0  # in the messages, which count as well: what waits here stays small
+        self._room = threading.Condition()  # guards `_rows`
+        self._unsettled = 0  # taken from a plain queue, and not committed yet
+        self._ended = False
         self.failure: BaseException | None = None
 
     def put(
-        self, sender: TaskContext | None, message: Any, rows: int = 0, last: bool = False, wait: bool = True
+        self, sender: _Attempt | None, message: Any, rows: int = 0, last: bool = False, wait: bool = True
     ) -> bool:
         """Hand over a message, waiting while the channel is full; False if the sender is closed.
 
-        `last` closes the sender with this message, in one step: whoever comes first (the worker, or a
-        second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
+        `last` closes the sender with this message, in one step: whoever comes first (the worker, a deadline
+        or a second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
         """
-        if wait and self._is_full():
-            self._wait_for_room()
+        while wait and self._is_full() and self.failure is None:
+            with self._room:
+                if self._is_full() and self.failure is None:
+                    self._room.wait(0.5)
         if self.failure is not None:
             raise self.failure
         if rows:
-            with self._lock:
-                self._rows += rows  # too many, if the sender is closed; see _is_full
+            with self._room:
+                self._rows += rows  # before they come; too many, if the sender is closed: see _is_full
         if sender is None:
-            self._items.append((None, message))
-        else:
-            with sender.lock:
-                if sender.closed:
-                    return False
-                sender.closed = last
-                self._items.append((sender, message))
-        if self._reader_waits:
-            with self._lock:
-                self._reader_waits = False
-                self._mail.notify()
+            self._queue.put((None, message))
+            return True
+        with sender.lock:
+            if sender.closed:
+                return False
+            sender.closed = last
+            self._queue.put((sender, message))
         return True
 
     def _is_full(self) -> bool:
         """Never without an item: it is for these that the writer comes, and then forgets the rows."""
-        items = len(self._items)
+        items: int = self._queue.qsize()
         return items > 0 and items + self._rows >= self._limit
-
-    def _wait_for_room(self) -> None:
-        with self._lock:
-            while self._is_full() and self.failure is None:
-                self._room.wait(0.5)
 
     def drain(self) -> list[Item] | None:
         """Everything there is, waiting for the first message; None at the end."""
-        with self._lock:
-            while not self._items or self.failure is not None:
-                if self._closed or self.failure is not None:
-                    return None
-                self._reader_waits = True
-                if not self._items:
-                    self._mail.wait()  # ended by close() or fail(), which the run calls however it ends
-            self._reader_waits = False
-            items = [self._items.popleft() for _ in range(len(self._items))]
+        for _ in range(self._unsettled):  # what was drained is committed: now it is done for queue.join()
+            self._queue.task_done()
+        if self._ended or self.failure is not None:
+            return None
+        with self._room:
             self._rows = 0
+        items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
+        self._unsettled = len(items) if hasattr(self._queue, "task_done") else 0
+        with self._room:
             self._room.notify_all()
-            return items
+        end = next((n for n, item in enumerate(items) if item is SENTINEL), None)
+        if end is not None:
+            self._ended = True
+            del items[end:]
+        return [(None, message) for message in items] if self._bare else items
 
     def close(self) -> None:
         """Nothing more will be put; drain() gives what is there, then None."""
-        with self._lock:
-            self._closed = True
-            self._mail.notify()
+        self._queue.put(SENTINEL)
 
     def fail(self, error: BaseException) -> None:
         """The reader is gone: every waiting and every later put() raises `error`."""
-        with self._lock:
-            self.failure = self.failure or error
-            self._items.clear()
+        self.failure = self.failure or error
+        with self._room:
             self._room.notify_all()
-            self._mail.notify()
-
-
-class _QueueChannel:
-    """A plain queue.Queue as SQLiteWriter's user made it, read like a channel; SENTINEL ends it."""
-
-    def __init__(self, source: Any, limit: int = 10_000) -> None:
-        self._source = source
-        self._limit = limit
-        self._taken = 0
-        self._ended = False
-
-    def drain(self) -> list[Item] | None:
-        self._settle()
-        items: list[Item] = []
-        while len(items) < self._limit and not self._ended:
-            try:
-                message = self._source.get(block=not items)
-            except queue.Empty:
-                break
-            self._taken += hasattr(self._source, "task_done")
-            if message is SENTINEL:
-                self._ended = True
-            else:
-                items.append((None, message))
-        if self._ended and not items:
-            self._settle()
-            return None
-        return items
-
-    def _settle(self) -> None:
-        """What was drained is committed, or refused: only now is it done for queue.join()."""
-        for _ in range(self._taken):
-            self._source.task_done()
-        self._taken = 0
-
-    def fail(self, error: BaseException) -> None:
-        """The writer is done for: take and refuse what still comes, so that no producer blocks."""
-        while self.drain() is not None:
-            pass
+        if not self._bare:
+            self._queue.put(SENTINEL)
+        while self._bare and not self._ended:  # so that no producer blocks
+            self._ended = self._queue.get() is SENTINEL
 
 
 # ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------
 
 REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task_runs%'"
-BEGIN = "BEGIN IMMEDIATE -- pipeloom"  # the comments keep these apart from a handler's own COMMIT
+# sqlite3 caches statements by their text and authorizes each only once: the comments keep a handler's apart.
+BEGIN = "BEGIN IMMEDIATE -- pipeloom"
 COMMIT = "COMMIT -- pipeloom"
 ROLLBACK = "ROLLBACK -- pipeloom"
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
@@ -784,6 +731,8 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
     re.IGNORECASE,
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
+STARTED = object()  # an attempt's word that it has started, at its started_at
+PROGRESS = object()  # and that it has news: only the newest counts, and the context keeps it
 
 
 class _BadMessage(Exception):
@@ -794,7 +743,181 @@ class _BadMessage(Exception):
         self.reason = reason
 
 
-STARTED = object()  # the engine's: the attempt that sends it has started, at its started_at
+class _Guarded(sqlite3.Connection):
+    """The writer's connection: while its transaction is on, no statement runs outside of it.
+
+    OR ROLLBACK, ON CONFLICT ROLLBACK and RAISE(ROLLBACK) end a transaction, and a handler may catch their
+    error. What it writes then would be stored at once, for a task that fails.
+    """
+
+    is_on = False  # the writer has begun a transaction, and not ended it
+
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(factory or _GuardedCursor)
+
+    def execute(self, *arguments: Any) -> Any:
+        return self.cursor().execute(*arguments)
+
+    def executemany(self, *arguments: Any) -> Any:
+        return self.cursor().executemany(*arguments)
+
+    def executescript(self, *arguments: Any) -> Any:
+        return self.cursor().executescript(*arguments)
+
+
+class _GuardedCursor(sqlite3.Cursor):
+    def execute(self, *arguments: Any) -> Any:
+        return self._guarded(super().execute, *arguments)
+
+    def executemany(self, *arguments: Any) -> Any:
+        return self._guarded(super().executemany, *arguments)
+
+    def executescript(self, *arguments: Any) -> Any:
+        return self._guarded(super().executescript, *arguments)
+
+    def _guarded(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        conn: Any = self.connection
+        if conn.is_on and not conn.in_transaction:
+            what = "an earlier statement has rolled the transaction back"
+            raise sqlite3.OperationalError(f"{what}; let the exception that it raised through")
+        try:
+            return method(*arguments)
+        except sqlite3.Error as error:
+            error.is_writers = True  # type: ignore[attr-defined]
+            raise
+
+
+class _Store:
+    """The one connection that writes: how it is opened, waited for, guarded and closed.
+
+    It knows no message and no task. For the writer's thread alone; no lock.
+    """
+
+    def __init__(
+        self, db_path: str, wal: bool, durable: bool, patience: float, hurried: Callable[[], bool],
+        tell: Callable[..., object],
+    ) -> None:  # fmt: skip
+        self.shown = db_path  # as the user named it
+        self.path = db_path if db_path == ":memory:" else os.path.abspath(db_path)  # for whoever leaves
+        self.conn: _Guarded = None  # type: ignore[assignment]
+        self.files: dict[str, os.stat_result] = {}  # the database and its lock, as they were opened
+        self._wal, self._durable, self._patience = wal, durable, patience
+        self._hurried = hurried  # whether there is no time to wait for a lock or a disk
+        self._tell = tell  # logs a line, without waiting
+        self._ours = False  # a transaction statement is the writer's own; see _authorize
+        self._defers = False  # somebody references task_runs, whose rows are written last
+
+    def open(self, prepare: Callable[[], object]) -> None:
+        """Open the database and prepare it in one transaction: what fails leaves nothing behind."""
+        self.patiently(self._open, prepare)
+
+    def _open(self, prepare: Callable[[], object]) -> None:
+        self.close()
+        conn = sqlite3.connect(self.path, timeout=0.25, isolation_level=None, factory=_Guarded)
+        _set_up(conn, self.path, self._wal, self._tell)
+        self.conn = conn
+        if self._durable:
+            self.conn.execute("PRAGMA synchronous=FULL")
+        self.conn.set_authorizer(self._authorize)
+        self._own(BEGIN)
+        prepare()
+        if self.conn.execute("PRAGMA locking_mode").fetchone()[0] != "normal":
+            what = "PRAGMA locking_mode=EXCLUSIVE lets nobody else read the database, not even this run"
+            raise UsageError(f"schema= failed: {what}; remove it")
+        self._defers = self.conn.execute(REFERENCES_TASKS).fetchone() is not None
+        self._own(COMMIT)
+        # Only now, as the index of millions of old names is not to be made in memory.
+        self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
+        if self.path != ":memory:":
+            self.files[self.path] = os.stat(self.path)
+
+    def transaction(self, apply: Callable[..., None], *args: Any) -> None:
+        """Commit what `apply` does; it is called again where that had to be rolled back and may work yet."""
+        self.patiently(self._transaction, apply, *args)
+
+    def _transaction(self, apply: Callable[..., None], *args: Any) -> None:
+        self._own(BEGIN)
+        if self._defers:
+            self.conn.execute("PRAGMA defer_foreign_keys=ON")
+        apply(*args)
+        self.check_files()
+        self._own(COMMIT)
+
+    def patiently(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step until it works: a lock or a full disk that passes costs time and nothing else."""
+        began = time.monotonic()
+        warned = False
+        while True:
+            try:
+                return step(*args)
+            except Exception as error:
+                if self.conn is not None and self.conn.in_transaction:
+                    self._own(ROLLBACK)
+                trouble = _trouble(error)
+                if trouble not in PASSING:
+                    raise
+                waited = time.monotonic() - began
+                patience = self._patience if trouble == "lock" else min(DISK_PATIENCE, self._patience)
+                if waited >= patience or self._hurried():
+                    raise self.out_of_patience(error, waited) from _reason(error)
+                if not warned and waited > 0.5:
+                    warned = True
+                    told = "database %r: %s; waiting up to %g s for that to pass"
+                    self._tell(logging.WARNING, told, self.shown, str(error), patience)
+            time.sleep(0.05)
+
+    def out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
+        what, cure = f"{error}, still after {waited:.1f} s", CURES[_trouble(error)]
+        return WriterFailed(self.shown, what, f"{cure}, then run again")
+
+    def is_own(self, error: BaseException) -> bool:
+        """Whether the database is in trouble, and not one that a handler has opened itself."""
+        return hasattr(error, "is_writers") and _trouble(error) in ("lock", "disk", "corrupt")
+
+    def failure(self, error: BaseException, opening: bool) -> BaseException:
+        """What the caller is told of an error that the writer cannot go on after."""
+        try:
+            self.check_files()
+        except WriterFailed as moved:
+            error = moved
+        if isinstance(error, WriterFailed) or (opening and isinstance(error, PipeloomError)):
+            return error
+        if opening and isinstance(error, sqlite3.Error):
+            return DatabaseError(self.shown, f"cannot be used: {error}", "restore it or use another file")
+        cure = CURES.get(_trouble(error), "fix the cause")
+        failure = WriterFailed(self.shown, _describe(error), f"{cure}, then run again")
+        failure.__cause__ = error
+        return failure
+
+    def check_files(self) -> None:
+        """The names must still be those of the open files: SQLite would not notice, and write on."""
+        for path, opened in self.files.items():
+            try:
+                if os.path.samestat(opened, os.stat(path)):
+                    continue
+            except OSError:
+                pass
+            what = f"{path!r} was deleted, moved or replaced during the run"
+            raise WriterFailed(self.shown, what, "let nobody touch the database and its lock, then run again")
+
+    def close(self) -> None:
+        conn, self.conn = self.conn, None  # type: ignore[assignment]
+        if conn is not None:
+            conn.close()
+
+    def _authorize(self, action: int, what: str | None, *_: object) -> int:
+        """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
+        if action != sqlite3.SQLITE_TRANSACTION or self._ours:
+            return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY if what == "ROLLBACK" else sqlite3.SQLITE_IGNORE
+
+    def _own(self, statement: str) -> None:
+        self._ours, self.conn.is_on = True, False
+        try:
+            self.conn.execute(statement)
+        finally:
+            self._ours = False
+        self.conn.is_on = statement is BEGIN
 
 
 class _TaskRow:
@@ -803,25 +926,155 @@ class _TaskRow:
     __slots__ = tuple(COLUMNS)
 
     def __init__(
-        self,
-        id: int,
-        name: str,
-        status: str,
-        progress: float = 0.0,
-        message: str = "",
-        started_at: str | None = None,
-        finished_at: str | None = None,
-        result: str | None = None,
-        attempts: int | None = 0,
-        run_id: int | None = None,
-        traceback: str | None = None,
-    ) -> None:
+        self, id: int, name: str, status: str, progress: float = 0.0, message: str = "",
+        started_at: str | None = None, finished_at: str | None = None, result: str | None = None,
+        attempts: int | None = 0, run_id: int | None = None, traceback: str | None = None,
+    ) -> None:  # fmt: skip
         self.id, self.name, self.status, self.progress, self.message = id, name, status, progress, message
         self.started_at, self.finished_at, self.result = started_at, finished_at, result
         self.attempts, self.run_id, self.traceback = attempts, run_id, traceback
 
 
 _row_values = attrgetter(*COLUMNS)
+
+
+class _Status:
+    """What the tables task_runs and pipeline_runs say, now and after the next commit.
+
+    A task's row is written once in a transaction, however many messages it had. For the writer's thread
+    alone; no lock.
+    """
+
+    def __init__(self, store: _Store, kept: bool) -> None:
+        self._store = store
+        self._kept = kept  # else there are no such tables, and all this says is what has settled
+        self.run_id: int | None = None
+        self.sender: _Attempt | None = None  # of the message that is being applied
+        self.last_id = -(2**63)  # the highest id that is committed: what is above it is new
+        self._pending: dict[int, _TaskRow] = {}  # rows that this transaction writes
+        self._unfinished: dict[int, _TaskRow] = {}  # committed rows of tasks that have not ended
+        self.news: dict[tuple[int, type], Any] = {}  # messages of this transaction, for the display
+        self.ended: list[tuple[_Attempt, str, str]] = []  # and for the engine: attempt, status, message
+        self._shows = False  # somebody wants the news
+
+    def open(self, run: _Run | None) -> None:
+        """Make the tables, or complete them, and note that a run begins."""
+        init_schema(self._store.conn, store_task_status=self._kept)
+        if not self._kept:
+            return
+        from socket import gethostname
+
+        execute = self._store.conn.execute
+        last_id = execute("SELECT max(id) FROM task_runs").fetchone()[0]
+        self.last_id = self.last_id if last_id is None else last_id
+        if run is None:
+            return
+        if last_id is not None and any(stage.declared.by_name for stage in run.graph.stages):
+            execute(INDEX_NAMES)
+        if execute(UNSETTLED).fetchone() or not execute("SELECT 1 FROM pipeline_runs").fetchone():
+            execute(UNFINISHED_TASKS, ("interrupted", _now()))  # by the death of that run
+            execute(UNFINISHED_RUNS, (_now(),))
+        row = (_now(), gethostname(), os.getpid(), __version__, run.graph.total())
+        self.run_id = execute(START_RUN, row).lastrowid
+
+    def end(self, status: str, reason: str, counts: Sequence[int]) -> None:
+        """Note how the run ended, and that nothing more will."""
+        if self._kept:
+            if self._unfinished:
+                self._store.conn.execute(UNFINISHED_TASKS, (reason or "never finished", _now()))
+            self._store.conn.execute(FINISH_RUN, (_now(), status, *counts, sum(counts), self.run_id))
+
+    def forget(self, shows: bool) -> None:
+        """What an earlier try at this transaction meant to do; `shows` says whether there is a display."""
+        self._pending, self.news, self.ended, self._shows = {}, {}, [], shows
+
+    def begin(self, sender: _Attempt) -> None:
+        """The short way to started(), for the engine's own word."""
+        id, at = sender.task_id, sender.started_at
+        self._pending[id] = _TaskRow(
+            id, sender.name, RUNNING, started_at=at, attempts=sender.attempt, run_id=self.run_id
+        )
+
+    def started(self, m: MsgTaskStarted) -> None:
+        sender, row = self._own_sender(m), self._row(m)
+        if row is not None and sender is not None and row.status == RUNNING:
+            row.name, row.started_at = m.name, m.started_at  # the worker repeats what the engine has said
+        else:
+            attempts = sender.attempt if sender else (row.attempts or 0) + 1 if row else 1
+            self._pending[m.task_id] = _TaskRow(
+                m.task_id, m.name, RUNNING, started_at=m.started_at, attempts=attempts, run_id=self.run_id
+            )
+        if self._shows:
+            self.news[m.task_id, MsgTaskStarted] = m
+
+    def progressed(self, m: MsgTaskProgress) -> None:
+        row = self._row_or_new(m)
+        if row.status in FINAL:
+            return  # late: the task's finish counts
+        row.status, row.message = RUNNING, m.message
+        if m.total:
+            row.progress = m.step / m.total
+        if self._shows:
+            self.news[m.task_id, MsgTaskProgress] = m
+
+    def finished(self, m: MsgTaskFinished) -> None:
+        sender, row = self._own_sender(m), self._pending.get(m.task_id) or self._row_or_new(m)
+        if sender is None and row.status in FINAL:
+            return  # the first finish counts; a worker's own is the first, as its context sees to that
+        if m.status == ERROR and sender is not None and sender.may_retry():
+            m = MsgTaskFinished(m.task_id, QUEUED, "", None, f"attempt {sender.attempt} failed: {m.message}")
+        row.status, row.result, row.message, row.run_id = m.status, m.result, m.message, self.run_id
+        row.finished_at = m.finished_at or None
+        if m.status == DONE:
+            row.progress = 1.0
+        if self._shows:
+            self.news[m.task_id, MsgTaskFinished] = m
+        if sender is not None:
+            row.traceback = sender.trouble.traceback if m.status != DONE else None
+            self.ended.append((sender, m.status, m.message))
+
+    def _own_sender(self, m: Any) -> _Attempt | None:
+        """The attempt that a message is about, if its own worker sent it."""
+        return self.sender if self.sender and self.sender.owns(m) else None
+
+    def _row(self, m: Any) -> _TaskRow | None:
+        """The row of a message's task, to be changed: as this transaction has it, or as a commit left it."""
+        id = m.task_id
+        row = self._pending.get(id)
+        if row is None:
+            known = self._unfinished.get(id)
+            found = None if known is None else _row_values(known)
+            if found is None and id <= self.last_id and self._kept and self._own_sender(m) is None:
+                cursor = self._store.conn.cursor()
+                cursor.row_factory = None  # a handler may have set the connection's
+                found = cursor.execute(LOAD_TASK, (id,)).fetchone()
+            if found is not None:
+                row = self._pending[id] = _TaskRow(*found)
+        return row
+
+    def _row_or_new(self, m: Any) -> _TaskRow:
+        """The same; one that was never started gets a row all the same."""
+        row = self._row(m)
+        if row is None:
+            sender = self._own_sender(m)
+            name, attempts = (sender.name, sender.attempt - 1) if sender else (f"task-{m.task_id}", 0)
+            row = _TaskRow(m.task_id, name, QUEUED, attempts=attempts, run_id=self.run_id)
+            self._pending[m.task_id] = row
+        return row
+
+    def write(self) -> None:
+        """Write the rows of this transaction."""
+        if self._kept and self._pending:
+            rows = [_row_values(row) for row in self._pending.values()]
+            _insert(self._store.conn, INSERT_TASKS, _MARKS, OR_UPDATE, len(COLUMNS), rows)
+
+    def committed(self) -> None:
+        for id, row in self._pending.items():
+            if row.status in FINAL:
+                self._unfinished.pop(id, None)
+            else:
+                self._unfinished[id] = row
+        self.last_id = max(self.last_id, max(self._pending, default=self.last_id))
 
 
 class SQLiteWriter(threading.Thread):
@@ -834,106 +1087,92 @@ class SQLiteWriter(threading.Thread):
     """
 
     def __init__(
-        self,
-        db_path: object,
-        msg_q: Any,
-        *,
-        wal: bool = True,
-        store_task_status: bool = True,
-        task_progress: Any = None,
-        task_bar_map: Mapping[int, Any] | None = None,
-        schema: str | None = None,
-        handlers: Mapping[type, Handler] | None = None,
-        busy_timeout: float = 300.0,
-        durable: bool = False,
-    ) -> None:
+        self, db_path: Any, msg_q: Any, *, wal: bool = True, store_task_status: bool = True,
+        task_progress: Any = None, task_bar_map: Mapping[int, Any] | None = None, schema: str | None = None,
+        handlers: Mapping[type, Handler] | None = None, busy_timeout: float = 300.0, durable: bool = False,
+        run: _Run | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(name="pipeloom-writer", daemon=True)
-        self.db_path = os.fspath(db_path)  # type: ignore[call-overload]
-        self.path = self.db_path  # the same for whoever changes the directory
-        if self.db_path != ":memory:":
-            self.path = os.path.abspath(self.db_path)
-        self.msg_q = msg_q
-        self.wal = wal
-        self.store = store_task_status
-        self.schema = schema or ""
-        self.durable = durable
-        self.busy_timeout = busy_timeout
-        self.display: Any = _TaskBars(task_progress, task_bar_map or {}) if task_progress else None
-        self.run_of: _Run | None = None  # the engine whose writer this is
-        self.run_id: int | None = None
-        self.index_names = False  # where tasks are known by their names
-        self.last_id = -(2**63)  # the highest id that is committed in task_runs: what is above it is new
-        self.conn: sqlite3.Connection = None  # type: ignore[assignment]
+        self._engine = run  # whose writer this is
+        self._tell = run.watch.tell if run else logger.log
+        self.store = _Store(os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, self._tell)
+        self.status = _Status(self.store, store_task_status)
         self.error: BaseException | None = None
-        self.opened = threading.Event()  # set once the database is open, or `error` says why not
-        self.hurried = False  # set, by a signal handler too, to end the wait for a lock or a disk
-        self._channel = msg_q if isinstance(msg_q, Channel) else _QueueChannel(msg_q)
-        self.files: dict[str, os.stat_result] = {}  # the database and its lock, as they were opened
-        self._handles_all = type(self).handle is SQLiteWriter.handle  # no subclass wants to see messages
-        self._defers = False  # somebody references task_runs, whose rows are written last
-        self._ours = False  # a transaction statement is the writer's own; see _authorize
-        self._rows: dict[int, _TaskRow] = {}  # committed rows of tasks that run
-        self._forget_transaction()
-        self._sender: TaskContext | None = None  # of the message being handled
+        self.opened = False  # and how it failed, `error` says
+        self.display: Any = _TaskBars(task_progress, task_bar_map or {}) if task_progress else None
+        self._schema = schema or ""
+        self._channel = msg_q if isinstance(msg_q, Channel) else Channel(msg_q)
         self._apply_by_type: dict[type, Callable[[Any], object]] = {
-            MsgTaskStarted: self._on_started,
-            MsgTaskProgress: self._on_progress,
-            MsgTaskFinished: self._on_finished,
+            MsgTaskStarted: self.status.started,
+            MsgTaskProgress: self.status.progressed,
+            MsgTaskFinished: self.status.finished,
             MsgExecute: self._on_execute,
         }
-        self._add_handlers(handlers or {})
+        for kind, handler in _checked_handlers(handlers or {}).items():
+            self._apply_by_type[kind] = partial(self._on_own, handler)
 
-    def _add_handlers(self, handlers: Mapping[type, Handler]) -> None:
-        if not isinstance(handlers, Mapping):
-            raise UsageTypeError(f"handlers={handlers!r}: expected a mapping of message classes to functions")
-        for kind, handler in handlers.items():
-            self._add_handler(kind, handler)
+    @property
+    def conn(self) -> sqlite3.Connection:
+        """The connection, for handle(); of no use in other threads."""
+        return self.store.conn
 
-    def _add_handler(self, kind: type, handler: Handler) -> None:
-        if not isinstance(kind, type) or not callable(handler):
-            raise UsageTypeError(f"handlers= maps message classes to functions, not {kind!r} to {handler!r}")
-        if kind in self._apply_by_type:
-            raise UsageError(
-                f"handlers= names {kind.__name__}, which the writer handles itself; "
-                "subclass SQLiteWriter and override handle() to see those messages too"
-            )
-        self._apply_by_type[kind] = lambda message: handler(self.conn, message)
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The classes of messages that it applies."""
+        return tuple(self._apply_by_type)
 
-    def handles(self, kind: type) -> bool:
-        """Whether there is a handler for this very class."""
-        return kind in self._apply_by_type
+    _conn = conn  # the original's name
 
-    def accepts(self, kind: type) -> bool:
-        """Whether messages of this class have somebody who applies them. Any thread may ask."""
-        return not self._handles_all or any(base in self._apply_by_type for base in kind.__mro__)
+    def _is_hurried(self) -> bool:
+        return self._engine is not None and self._engine.signals.urgency() >= (1, 3)[self.opened]
 
     # The thread. Whatever goes wrong in it ends in `error`, and the channel then refuses its producers.
 
     def run(self) -> None:
         """The thread's life: open, commit batch after batch, close."""
         try:
-            if self.run_of is None:  # a run has done so
-                _check_database(self.db_path)
-            self._patiently(self._open)
-            self.opened.set()
+            if self._engine is None:  # a run has done so
+                _check_database(self.store.shown)
+            self.store.open(self._prepare)
+            self.opened = True
+            self._ring()
             while True:
                 batch = self._channel.drain()
                 if batch is None:
                     break
                 if batch:
-                    self._store(batch)
-            self.check_files()
-            self._checkpoint()
+                    self._commit(batch)
+            if self._engine is not None:
+                self.store.transaction(self.status.end, *self._engine.ending())
+            self.store.check_files()
+            with suppress(sqlite3.Error):  # the next opening reads the WAL as well
+                wal_checkpoint(self.conn)
         except BaseException as error:
-            self.error = self._failure(error)
-            logger.debug("the writer failed", exc_info=True)
+            self._explain(error)
         finally:
-            self._close()
-            self.opened.set()
+            self._leave()
+
+    def _explain(self, error: BaseException) -> None:
+        """Keep why it failed: in words, if there is memory for them."""
+        told = error
+        with suppress(Exception):
+            told = self.store.failure(_reason(error), opening=not self.opened)
+            if self._engine is None:
+                self._tell(logging.ERROR, "%s", told)
+        self.error = told
+
+    def _leave(self) -> None:
+        """The last word, which those who wait are told whatever else fails."""
+        try:
+            self.store.close()
+        finally:
             if self.error is not None:
-                if self.run_of is None:
-                    logger.error("%s", self.error)
                 self._channel.fail(self.error)
+            self._ring()
+
+    def _ring(self) -> None:
+        if self._engine is not None:
+            self._engine.wake.ring()
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end, `timeout` seconds at most; raises what made the writer fail."""
@@ -941,414 +1180,163 @@ class SQLiteWriter(threading.Thread):
         if self.error is not None and not self.is_alive():
             raise self.error
 
-    def _failure(self, error: BaseException) -> BaseException:
-        opening = not self.opened.is_set()
-        if isinstance(error, _BadMessage):
-            error = _reason(error.reason)
-        try:
-            self.check_files()
-        except WriterFailed as moved:
-            error = moved
-        if isinstance(error, WriterFailed) or (opening and isinstance(error, PipeloomError)):
-            return error
-        if opening and isinstance(error, sqlite3.Error):
-            return DatabaseError(self.db_path, f"cannot be used: {error}", "restore it or use another file")
-        cure = "restore a copy of it or use another file" if _is_corrupt(error) else "mend the cause"
-        failure = WriterFailed(self.db_path, _describe(error), f"{cure}, then run again")
-        failure.__cause__ = error
-        return failure
-
-    def check_files(self) -> None:
-        """The names must still be those of the open files: SQLite would not notice, and write on."""
-        for path, opened in self.files.items():
-            try:
-                if os.path.samestat(opened, os.stat(path)):
-                    continue
-            except OSError:
-                pass
-            raise WriterFailed(
-                self.db_path,
-                f"{path!r} was deleted, moved or replaced during the run",
-                "let nobody touch the database and its lock, then run again",
-            )
-
-    def _close(self) -> None:
-        conn, self.conn = self.conn, None  # type: ignore[assignment]
-        if conn is not None:
-            conn.close()
-
-    def _checkpoint(self) -> None:
-        try:
-            wal_checkpoint(self.conn)  # without WAL it does nothing
-        except sqlite3.Error:  # the next opening reads the WAL as well
-            logger.debug("the last checkpoint failed", exc_info=True)
-
-    # Opening, in one transaction: a script that fails leaves nothing behind.
-
-    def _open(self) -> None:
-        self._close()
-        self.conn = _open(self.path, wal=self.wal, timeout=0.25, isolation_level=None)
-        if self.durable:
-            self.conn.execute("PRAGMA synchronous=FULL")
-        self.conn.set_authorizer(self._authorize)
-        self._own(BEGIN)
-        init_schema(self.conn, store_task_status=self.store)
-        self._run_schema()
-        self._defers = self.conn.execute(REFERENCES_TASKS).fetchone() is not None
-        if self.store:
-            last_id = self.conn.execute("SELECT max(id) FROM task_runs").fetchone()[0]
-            if last_id is not None:
-                self.last_id = last_id
-                if self.index_names:
-                    self.conn.execute(INDEX_NAMES)
-            if self.run_of is not None:
-                self._start_run()
-        self._own(COMMIT)
-        # Only now, as the index of millions of old names is not to be made in memory.
-        self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
-        if self.path != ":memory:":
-            self.files[self.path] = os.stat(self.path)
-
-    def _run_schema(self) -> None:
-        for statement in _statements(self.schema):
+    def _prepare(self) -> None:
+        """What opening does, in one transaction."""
+        self.status.open(self._engine)
+        for statement in _statements(self._schema):
             try:
                 self.conn.execute(statement)
             except sqlite3.Error as error:
-                if _is_passing(error):
+                if _trouble(error) in PASSING:
                     raise
                 raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; mend it") from error
 
-    def _start_run(self) -> None:
-        import socket
-
-        if self.conn.execute("SELECT 1 FROM pipeline_runs WHERE status = 'running'").fetchone() or (
-            not self.conn.execute("SELECT 1 FROM pipeline_runs").fetchone()  # the original's, perhaps
-        ):
-            for statement in MARK_INTERRUPTED:
-                self.conn.execute(statement, (_now(),))
-        row = (_now(), socket.gethostname(), os.getpid(), __version__)
-        self.run_id = self.conn.execute(START_RUN, row).lastrowid
-
-    def _authorize(self, action: int, what: str | None, *_: object) -> int:
-        """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
-        if action != sqlite3.SQLITE_TRANSACTION or self._ours:
-            return sqlite3.SQLITE_OK
-        return sqlite3.SQLITE_DENY if what == "ROLLBACK" else sqlite3.SQLITE_IGNORE
-
-    def _own(self, statement: str) -> None:
-        self._ours = True
-        try:
-            self.conn.execute(statement)
-        finally:
-            self._ours = False
-
     # One batch, one transaction
 
-    def _store(self, batch: list[Item]) -> None:
+    def _commit(self, batch: list[Item]) -> None:
         """Commit a batch; one with a bad message in it in halves, until that message is alone."""
         bad: BaseException | None = None
         try:
-            self._patiently(self._transaction, batch)
+            self.store.transaction(self._apply_all, batch)
         except Exception as error:
-            if isinstance(error, WriterFailed) or _is_corrupt(error):
+            if isinstance(error, WriterFailed) or _trouble(error) == "corrupt":
                 raise
-            bad = error.reason if isinstance(error, _BadMessage) else error
+            bad = _reason(error)
         if bad is None:
             self._acknowledge()
         elif len(batch) > 1:
-            self._store(batch[: len(batch) // 2])
-            self._store(batch[len(batch) // 2 :])
+            self._commit(batch[: len(batch) // 2])
+            self._commit(batch[len(batch) // 2 :])
         else:
-            self._reject(*batch[0], _reason(bad))
+            self._reject(*batch[0], bad)
 
-    def _reject(self, sender: TaskContext | None, message: Any, error: BaseException) -> None:
+    def _reject(self, sender: _Attempt | None, message: Any, error: BaseException) -> None:
         """A message cannot be stored: its task ends as `error`, and nobody else notices."""
-        if type(message) is partial:
-            raise error
         if sender is None:
-            logger.error("message refused: %s, in %.200r", _describe(error), message)
+            self._tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         sender.record(error)
         finish = MsgTaskFinished(sender.task_id, ERROR, _now(), None, _text(_describe(error)))
-        self._patiently(self._transaction, [(sender, finish)])
+        self.store.transaction(self._apply_all, [(sender, finish)])
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {_describe(error)}")
         self._acknowledge()
 
-    def _patiently(self, step: Callable[..., None], *args: Any) -> None:
-        """Take a step until it works: a lock or a full disk that passes costs time and nothing else."""
-        began = time.monotonic()
-        warned = False
-        while True:
-            try:
-                return step(*args)
-            except Exception as error:
-                if self.conn is not None and self.conn.in_transaction:
-                    self._own(ROLLBACK)
-                if not _is_passing(error):
-                    raise
-                waited = time.monotonic() - began
-                patience = self.busy_timeout if _is_lock(error) else min(DISK_PATIENCE, self.busy_timeout)
-                if waited >= patience or self.hurried:
-                    raise self.out_of_patience(error, waited) from error
-                if not warned and waited > 0.5:
-                    warned = True
-                    logger.warning(
-                        "database %r: %s; waiting up to %g s for that to pass", self.db_path, error, patience
-                    )
-            time.sleep(0.05)
-
-    def out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
-        cure = (
-            "end the program that holds it, or pass a longer busy_timeout="
-            if _is_lock(error)
-            else "make room on the disk or mend it"
-        )
-        return WriterFailed(self.db_path, f"{error}, still after {waited:.1f} s", f"{cure}, then run again")
-
-    def _transaction(self, batch: list[Item]) -> None:
-        # 1. Forget what an earlier try meant to do.
-        self._forget_transaction()
-        # 2. Apply every message: rows of the user's own now, task rows in memory.
-        self._own(BEGIN)
-        if self._defers:
-            self.conn.execute("PRAGMA defer_foreign_keys=ON")
-        for sender, message in batch:
+    def _apply_all(self, batch: list[Item]) -> None:
+        self.status.forget(self.display is not None)
+        for sender, message in batch:  # the users' own rows now, task rows in memory
             try:
                 self._apply(sender, message)
             except BaseException as error:  # a handler's SystemExit too
-                if isinstance(error, WriterFailed) or _is_disk(error) or _is_corrupt(error):
+                if isinstance(error, WriterFailed) or self.store.is_own(error):
                     raise
                 raise _BadMessage(error) from None
-        # 3. Write each task's row once, however many messages it had, and commit.
-        if self.store and self._pending:
-            self._write_task_rows()
-        self.check_files()
-        self._own(COMMIT)
+        self.status.write()
 
-    def _forget_transaction(self) -> None:
-        self._pending: dict[int, _TaskRow] = {}  # task rows that this transaction writes
-        self._news: dict[tuple[int, type], Any] = {}  # what the display is told after the commit
-        self._settled: list[tuple[TaskContext, str, str]] = []  # and the engine: context, status, message
-
-    def _apply(self, sender: TaskContext | None, message: Any) -> None:
-        self._sender = sender
-        kind = type(message)
-        if sender is not None:
-            if sender.rejected:
-                return  # a message of this attempt was bad, and that has ended it
-            if message is None:  # progress: only the newest counts, and the context has it
-                sender.has_news = False
-                message = sender.news
-            elif message is STARTED:
-                if self._handles_all and self.display is None:  # nobody needs a message
-                    id, at, attempt = sender.task_id, sender.started_at, sender.attempt
-                    self._pending[id] = _TaskRow(
-                        id, sender.name, RUNNING, started_at=at, attempts=attempt, run_id=self.run_id
-                    )
-                    return
-                message = MsgTaskStarted(sender.task_id, sender.name, sender.started_at)
-            elif kind is MsgTaskFinished and message.task_id == sender.task_id:
-                if message.status == DONE:
-                    for held in sender.held:
-                        self._hand_over(held)
-                if self._handles_all:
-                    self._finish(message, sender)
-                    return
-                self._hand_over(message)
-                self._check_settled(sender)
-                return
-        elif kind is partial and self.run_of is not None:  # one of the engine's orders
-            message()
-            return
-        elif kind in CHECKS:  # from a plain queue, whose put() checks nothing
-            message = CHECKS[kind](message)
-        self._hand_over(message)
+    def _apply(self, sender: _Attempt | None, message: Any) -> None:
+        self.status.sender = sender
+        if sender is None:
+            check = CHECKS.get(type(message))
+            self._hand_over(message if check is None else check(message))  # a plain queue has checked nothing
+        elif sender.rejected:
+            return  # a message of this attempt was bad, and that has ended it
+        elif message is STARTED and self.display is None:  # nobody needs a message
+            self.status.begin(sender)
+        elif message is STARTED:
+            self._hand_over(MsgTaskStarted(sender.task_id, sender.name, sender.started_at))
+        elif message is PROGRESS:
+            sender.has_news = False
+            self._hand_over(sender.news)
+        else:
+            if type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
+                for held in sender.held:
+                    self._hand_over(held)
+            self._hand_over(message)
 
     def _hand_over(self, message: Any) -> None:
         self.handle(message)
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
-            raise MessageRefused(
-                "the transaction was rolled back under the handler; let its exception through"
-            )
-
-    def _check_settled(self, sender: TaskContext) -> None:
-        """Its finish was applied: the run would wait for ever for one that a subclass keeps to itself."""
-        if not self._settled or self._settled[-1][0] is not sender:
-            what = f"{type(self).__name__}.handle() ignores that a task has ended"
-            cure = "call super().handle(message) for every message that is not your own"
-            raise WriterFailed(self.db_path, what, cure)
+            what = "a handler's statement rolled the transaction back"
+            raise MessageRefused(f"{what}; let the exception that it raised through")
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
-        for id, row in self._pending.items():
-            if row.status == RUNNING or (row.status == QUEUED and row.attempts):  # that waits for its retry
-                self._rows[id] = row
-            else:
-                self._rows.pop(id, None)
-        self.last_id = max(self.last_id, max(self._pending, default=self.last_id))
-        if self.display is not None:
-            self._show()
-        if self.run_of is not None and self._settled:
-            self.run_of.settle(self._settled)
-        self._forget_transaction()
-
-    def _show(self) -> None:
+        self.status.committed()
         try:
-            for message in self._news.values():
+            for message in self.status.news.values():
                 self.display.update(message)
         except BaseException as error:  # a display never harms the run
             self.display = None
-            logger.warning("the progress display failed and is off: %s", _describe(error))
+            self._tell(logging.WARNING, "the progress display failed and is off: %s", _describe(error))
+        if self._engine is not None and self.status.ended:
+            self._engine.settle(self.status.ended)
+        self.status.forget(self.display is not None)
 
     # Messages
 
     def handle(self, message: Any) -> None:
         """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
-        try:
-            apply = self._apply_by_type[type(message)]
-        except KeyError:
-            apply = self._inherited(type(message))
-        apply(message)
+        kind = type(message)
+        if kind not in self._apply_by_type:  # a subclass, perhaps
+            base = next((base for base in kind.__mro__ if base in self._apply_by_type), None)
+            if base is None:
+                raise _unknown(kind)
+            self._apply_by_type[kind] = self._apply_by_type[base]
+        self._apply_by_type[kind](message)
 
-    def _inherited(self, kind: type) -> Callable[[Any], object]:
-        for base in kind.__mro__:
-            if base in self._apply_by_type:
-                self._apply_by_type[kind] = self._apply_by_type[base]
-                return self._apply_by_type[kind]
-        raise _unknown(kind)
-
-    def _row(self, message: Any) -> _TaskRow | None:
-        """The row of a message's task, as this transaction has it or as a commit left it."""
-        id = message.task_id
-        row = self._pending.get(id)
-        if row is None:
-            known = self._rows.get(id)
-            found = None if known is None else _row_values(known)
-            if found is None and id <= self.last_id and self.store and self._own_sender(message) is None:
-                cursor = self.conn.cursor()
-                cursor.row_factory = None  # a handler may have set the connection's
-                found = cursor.execute(LOAD_TASK, (id,)).fetchone()
-            if found is not None:
-                row = self._pending[id] = _TaskRow(*found)
-        return row
-
-    def _row_or_new(self, message: Any) -> _TaskRow:
-        """The same; one that was never started gets a row all the same."""
-        row, id = self._row(message), message.task_id
-        if row is None:
-            sender = self._own_sender(message)
-            name, attempts = (sender.name, sender.attempt - 1) if sender else (f"task-{id}", 0)
-            row = self._pending[id] = _TaskRow(id, name, QUEUED, attempts=attempts, run_id=self.run_id)
-        return row
-
-    def _own_sender(self, message: Any) -> TaskContext | None:
-        """The attempt that a message is about, if its own worker sent it."""
-        return self._sender if self._sender and self._sender.owns(message) else None
-
-    def _on_started(self, m: MsgTaskStarted) -> None:
-        sender, row = self._own_sender(m), self._row(m)
-        if row is not None and sender is not None and row.status == RUNNING:
-            row.name, row.started_at = m.name, m.started_at  # the worker repeats what the engine has said
-        else:
-            attempts = sender.attempt if sender else (row.attempts or 0) + 1 if row else 1
-            self._pending[m.task_id] = _TaskRow(
-                m.task_id, m.name, RUNNING, 0.0, "", m.started_at, None, None, attempts, self.run_id
-            )
-        self._news[m.task_id, MsgTaskStarted] = m
-
-    def _on_progress(self, m: MsgTaskProgress) -> None:
-        row = self._row_or_new(m)
-        if row.status in FINAL:
-            return  # late: the task's finish counts
-        row.status = RUNNING
-        if m.total:
-            row.progress = m.step / m.total
-        row.message = m.message
-        self._news[m.task_id, MsgTaskProgress] = m
-
-    def _on_finished(self, m: MsgTaskFinished) -> None:
-        self._finish(m, self._own_sender(m))
-
-    def _finish(self, m: MsgTaskFinished, sender: TaskContext | None) -> None:
-        row = self._pending.get(m.task_id) or self._row_or_new(m)
-        if sender is None and row.status in FINAL:
-            return  # the first finish counts; a worker's own is the first, as its context sees to that
-        if m.status == ERROR and sender is not None and sender.may_retry():
-            m = MsgTaskFinished(m.task_id, QUEUED, "", None, f"attempt {sender.attempt} failed: {m.message}")
-        row.status, row.result, row.message, row.run_id = m.status, m.result, m.message, self.run_id
-        row.finished_at = m.finished_at or None
-        if m.status == DONE:
-            row.progress = 1.0
-        if self.display is not None:
-            self._news[m.task_id, MsgTaskFinished] = m
-        if sender is not None:
-            row.traceback = sender.traceback if m.status != DONE else None
-            self._settled.append((sender, m.status, m.message))
+    def _on_own(self, handler: Handler, message: Any) -> None:
+        handler(self.conn, message)
 
     def _on_execute(self, m: MsgExecute) -> None:
+        """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
         if not m.many:
             self.conn.execute(m.sql, m.params)
-        else:
-            self._execute_many(m.sql, m.params)
-
-    def _execute_many(self, sql: str, rows: list[Any]) -> None:
-        """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
-        match = INSERT_VALUES.match(sql)
-        width = sql.count("?")
-        if match and set(map(type, rows)) == {tuple} and set(map(len, rows)) == {width}:
-            self._insert(match["head"], match["row"], match["tail"], width, rows)
-        elif MANY.match(sql):
-            self.conn.executemany(sql, rows)
-        else:
-            for row in rows:
-                self.conn.execute(sql, row)
-
-    def _insert(self, head: str, row: str, tail: str, width: int, rows: list[Any]) -> None:
-        size = max(1, VARIABLES // width)
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
-            sql = f"{head}{', '.join([row] * len(chunk))}{tail}"
-            self.conn.execute(sql, list(chain.from_iterable(chunk)))
-
-    def _write_task_rows(self) -> None:
-        rows = [_row_values(row) for row in self._pending.values()]
-        if UPSERTS:
-            marks = f"({', '.join('?' * len(COLUMNS))})"
-            self._insert(INSERT_TASKS, marks, OR_UPDATE, len(COLUMNS), rows)
-        else:
-            for statement in INSERT_THEN_UPDATE:
-                self.conn.executemany(statement, rows)
-
-    # The engine's orders, which it sends as partial(writer.enqueue, tasks) and so on
-
-    def enqueue(self, tasks: Sequence[tuple[int, str]]) -> None:
-        """These tasks (id, name) are known, and wait."""
-        for id, name in tasks:
-            self._pending[id] = _TaskRow(id, name, QUEUED, run_id=self.run_id)
-
-    def forget(self, name: str) -> None:
-        """A stage has tasks of its own now, and not the row that stood for them all."""
-        self.conn.execute(FORGET, (name,))
-
-    def end_run(self, status: str, reason: str, counts: Iterable[int]) -> None:
-        """The last order: how the run ended, and why what was never started will not be."""
-        if not self.store:
             return
-        if reason or self._rows:  # rows of its own that a worker began and left
-            self._write_task_rows()  # what is queued in this very batch, too
-            self._pending.clear()
-            self.conn.execute(CANCEL_QUEUED, (reason or "never finished", _now(), self.run_id))
-        self.conn.execute(FINISH_RUN, (_now(), status, *counts, self.run_id))
+        match, width = INSERT_VALUES.match(m.sql), m.sql.count("?")
+        if match and set(map(type, m.params)) == {tuple} and set(map(len, m.params)) == {width}:
+            _insert(self.conn, match["head"], match["row"], match["tail"], width, m.params)
+        elif MANY.match(m.sql):
+            self.conn.executemany(m.sql, m.params)
+        else:
+            for row in m.params:
+                self.conn.execute(m.sql, row)
+
+
+def _insert(conn: sqlite3.Connection, head: str, row: str, tail: str, width: int, rows: list[Any]) -> None:
+    """Insert rows of `width` values, as many in a statement as it may have variables."""
+    size = max(1, VARIABLES // width)
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        conn.execute(f"{head}{', '.join([row] * len(chunk))}{tail}", list(chain.from_iterable(chunk)))
+
+
+def _checked_handlers(handlers: Any) -> Mapping[type, Handler]:
+    if not isinstance(handlers, Mapping):
+        raise UsageTypeError(f"handlers={handlers!r}: expected a mapping of message classes to functions")
+    for kind, handler in handlers.items():
+        if not isinstance(kind, type) or not callable(handler):
+            raise UsageTypeError(f"handlers= maps message classes to functions, not {kind!r} to {handler!r}")
+        if kind in CHECKS:
+            raise UsageError(
+                f"handlers= names {kind.__name__}, which the writer handles itself; "
+                "subclass SQLiteWriter and override handle() to see those messages too"
+            )
+    return handlers
 
 
 def _reason(error: BaseException) -> BaseException:
-    """What a task failed for: where a handler rolled back, the exception for which it did."""
-    if str(error) != "not authorized":
-        return error
-    if isinstance(error.__context__, Exception):
-        return error.__context__
-    return MessageRefused("a handler rolled back; raise an exception instead, which fails its task only")
+    """What a task failed for: where a handler rolled back, the exception for which it did.
+
+    Whoever keeps it must not keep what it has seen: the cursors in its frames hold the file open.
+    """
+    from traceback import clear_frames
+
+    error = error.reason if isinstance(error, _BadMessage) else error
+    if isinstance(error, sqlite3.DatabaseError) and str(error) == "not authorized":
+        what = "a handler rolled back; raise an exception instead, which fails its task only"
+        error = error.__context__ if isinstance(error.__context__, Exception) else MessageRefused(what)
+    clear_frames(error.__traceback__)
+    return error
 
 
 def _unknown(kind: type) -> MessageRefused:
@@ -2014,80 +2002,67 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
 
 MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
+_Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
+_Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
+_NO_TROUBLE = _Trouble(None, None, "")
+_NO_GROUP: tuple[Any, list[Any]] = (object(), [])
 
 
 class TaskContext:
-    """What a worker gets as its queue: its task's way to the writer. For the thread that runs the task.
+    """What a worker gets as its queue: what its task may do. For the thread that runs the task, and others.
 
-    Rows that it sends are kept here and travel with the finish, so that they are stored if and only if
-    the task is done; with atomic=False they are sent on as they come. Everything that sends raises
-    TaskCancelled once the task is to stop, and WriterFailed once nothing can be stored any more.
+    Rows and messages that it sends are kept here and stored together with the finish, if and only if the
+    task is done; with atomic=False they are sent on as they come. Everything that sends raises TaskCancelled
+    once the task is to stop, and WriterFailed once nothing can be stored any more. Threads that the task
+    starts may send, too, until it ends; their rows take a slower way.
+
+    This class only gathers, which is all there is in a process of executor=; where the run is, an _Attempt
+    sends. `lock` guards `held` and `closed`; the open group is its own thread's.
     """
 
-    __slots__ = (
-        "_group", "_group_sql", "_held_rows", "_limit", "_run", "abandoned", "attempt", "closed",
-        "coroutine", "error", "has_news", "held", "lock", "name", "news", "on_cancel", "reason", "rejected",
-        "stage", "started_at", "task", "task_id", "thread", "traceback",
-    )  # fmt: skip
+    lock: Any = nullcontext()  # nobody else is there, in another process
+    closed = False  # its end is on its way, and nothing is accepted any more
+    reason: str | None = None  # why the task is to stop
+    news: Any = None  # the newest progress
+    _held_rows = 0
+    _thread = 0  # that runs the function
+    _group = _NO_GROUP  # consecutive statements with the same SQL: that, and their rows
 
-    def __init__(
-        self, run: _Run, stage: _Stage, task: Any, task_id: int, name: str, attempt: int = 1
-    ) -> None:
-        self._run = run
-        self.stage = stage
+    def __init__(self, terms: _Terms, task: Any, task_id: int, name: str, attempt: int = 1) -> None:
+        self._terms = terms
         self.task = task  #: the task as it was given
         self.task_id = task_id
         self.name = name
         self.attempt = attempt  #: 1 for the first go, 2 for the first retry
-        self.lock = threading.Lock()
-        self.closed = False  # nothing is accepted any more; guarded by the lock
-        self.rejected = False  # a message of this attempt was bad
-        self.abandoned = False  # the run was left: its thread ends when the function returns, if ever
-        self.reason: str | None = None  # why the task is to stop
-        self.started_at = ""
         self.held: list[Any] = []  # messages that wait for the finish
-        self.news: Any = None  # the newest progress
-        self.has_news = False  # and it is on its way to the writer
-        self.error: BaseException | None = None
-        self.traceback: str | None = None
-        self.thread: threading.Thread | None = None  # that runs it, where there is a deadline
-        self.coroutine: Any = None  # what it runs, if that is one
-        self.on_cancel: Callable[[], object] | None = None
-        self._held_rows = 0
-        self._limit = MANY_ROWS if stage.atomic else STREAM_ROWS
-        self._group: list[Any] = []  # rows of consecutive statements with the same SQL
-        self._group_sql: str | None = None
-
-    # What a worker calls
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
 
         Raises MessageRefused for a message that can never be stored. After the task's finish, further
-        status messages are dropped, as only the first finish counts, and anything else is refused.
+        status messages are dropped, as only the first finish counts, and anything else is refused. A handler
+        may get a message twice, when its batch is taken again: send a list, not an iterator.
         """
         kind = type(message)
         check = CHECKS.get(kind)
-        if check is None and not self._run.writer.handles(kind):  # a subclass of ours, perhaps
+        if check is None and kind not in self._terms.kinds:  # a subclass of ours, perhaps
             kind = next((base for base in kind.__mro__ if base in CHECKS), kind)
             check = CHECKS.get(kind)
         if check is not None:
             message = check(message)
         elif message is SENTINEL:
-            raise MessageRefused("SENTINEL was put by a worker; it is the engine's, to return is enough")
-        elif not self._run.writer.accepts(kind):
+            raise MessageRefused("SENTINEL was put by a worker; only the engine sends it: just return")
+        elif not isinstance(message, self._terms.kinds):
             raise _unknown(kind)
-        else:
-            _check_own(message)
         self.check()
         if kind is MsgTaskProgress and self.owns(message):
-            self._tell(message)
+            self.note(message)
         elif kind is MsgTaskFinished and self.owns(message):
             self.finish(message)
         elif kind in (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished):
-            self._run.channel.put(self, message)
+            self.pass_on(message)
         else:
-            self._send(message, len(message.params) if kind is MsgExecute and message.many else 0)
+            self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
 
     def put_nowait(self, message: Any) -> None:
         """The same, for code that treats the context as a queue."""
@@ -2096,7 +2071,7 @@ class TaskContext:
     def progress(self, step: float, total: float | None = None, message: str = "") -> None:
         """Say how far the task is; cheap enough for every step, as only the newest is stored and shown."""
         self.check()
-        self._tell(_checked_progress(MsgTaskProgress(self.task_id, step, total or 0, message)))
+        self.note(_checked_progress(MsgTaskProgress(self.task_id, step, total or 0, message)))
 
     def track(self, iterable: Iterable[Any], total: float | None = None) -> Iterator[Any]:
         """Pass items on and say how far they are, ten times a second at most."""
@@ -2116,37 +2091,30 @@ class TaskContext:
 
     def execute(self, sql: str, params: Any = ()) -> None:
         """One SQL statement for the writer; consecutive ones with the same SQL are run as one."""
-        if sql != self._group_sql or self.closed or self.reason is not None:
-            self._new_group(sql)
-        self._group.append(params if type(params) is tuple else _row(params))
-        if len(self._group) >= self._limit:
-            self._send_group()
+        if get_ident() != self._thread:
+            return self._send_rows(sql, [_row(params)])
+        last, rows = self._group
+        if sql != last or self.closed or self.reason is not None:
+            rows = self._new_group(sql)
+        rows.append(params if type(params) is tuple else _row(params))
+        if len(rows) >= self._terms.limit:
+            self.flush()
+        return None
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
         """One SQL statement for many rows, from any iterable."""
-        self._new_group(sql)
-        rows = iter(rows)
-        while True:
-            try:
-                self._group.extend(_rows(islice(rows, self._limit)))
-            except BaseException:
-                self._group.clear()  # a worker may catch it, and half a batch is not what it wants stored
-                raise
-            if len(self._group) < self._limit:
-                break
-            self._send_group()
-            self._group_sql = sql
+        _check_sql(sql)
+        rows, limit = iter(rows), self._terms.limit
+        batch = _rows(islice(rows, limit))
+        while batch:
+            self._send_rows(sql, batch)
+            batch = _rows(islice(rows, limit))
 
     def upsert(self, table: str, rows: Iterable[Mapping[str, Any]], key: Any) -> None:
         """Insert mappings of column to value; where `key` (a column or several) is there, update the rest.
 
-        The key needs a UNIQUE or PRIMARY KEY in the table, and SQLite 3.24 or newer.
+        The key needs a UNIQUE or PRIMARY KEY in the table.
         """
-        if not UPSERTS:
-            raise UsageError(
-                f"upsert needs SQLite 3.24 and this is {sqlite3.sqlite_version}; "
-                "use execute() with INSERT OR REPLACE instead"
-            )
         keys = [key] if isinstance(key, str) else list(key)
         if isinstance(rows, Mapping):
             raise MessageRefused(f"upsert into {table!r}: rows is one mapping; expected a list of them")
@@ -2160,10 +2128,9 @@ class TaskContext:
 
     def connect(self) -> sqlite3.Connection:
         """A read-only connection to the database as it is committed; its `with` block closes it."""
-        path = self._run.writer.path
-        if path == ":memory:":
+        if self._terms.path == ":memory:":
             raise UsageError("a :memory: database cannot be read beside its writer; use a file")
-        return _connect_readonly(path)
+        return _connect_readonly(self._terms.path)
 
     @property
     def cancelled(self) -> bool:
@@ -2177,82 +2144,68 @@ class TaskContext:
 
     def sleep(self, seconds: float) -> None:
         """Sleep, and wake up with TaskCancelled if the task is to stop."""
-        self._run.sleep(self, seconds)
-        self.check()
+        time.sleep(max(seconds, 0))
 
-    # What the engine and the writer call
+    # For the engine: what becomes of it. An _Attempt does some of these otherwise.
+
+    def enter(self) -> None:
+        """The thread that calls this runs the task's function."""
+        self._thread = get_ident()
 
     def owns(self, message: Any) -> bool:
         return bool(message.task_id == self.task_id)
 
-    def may_retry(self) -> bool:
-        return self.attempt <= self.stage.retries and self._run.stopping is None
-
-    def finish(self, message: MsgTaskFinished, wait: bool = True) -> bool:
-        """End the attempt with this message; False if something else has ended it before.
-
-        The worker calls it, and so do a deadline and the second Ctrl-C, which do not wait and leave its
-        rows alone: the writer applies those of a done task only.
-        """
-        keeps = message.status == DONE or not self.stage.atomic
-        if wait and keeps and not self.closed and self.reason is None:
-            self._send_group()
-        return self._run.channel.put(self, message, self._held_rows, last=True, wait=wait)
-
-    def cancel(self, reason: str) -> None:
-        self.reason = self.reason or reason
-        self._run.wake_sleepers()
-        stop = self.on_cancel
-        if stop is not None:
-            try:
-                stop()
-            except RuntimeError:  # its event loop has just ended
-                return
-
-    def record(self, error: BaseException) -> None:
-        """Keep an exception and its traceback for the finish."""
-        from traceback import format_exception
-
-        self.error = error
-        try:
-            text = "".join(format_exception(type(error), error, error.__traceback__))
-        except BaseException:  # an exception may be so broken that it cannot be shown
-            text = _describe(error)
-        self.traceback = _text(text if len(text) < 20_000 else f"{text[:10_000]}\n...\n{text[-10_000:]}")
-
-    def _tell(self, message: MsgTaskProgress) -> None:
+    def note(self, message: MsgTaskProgress) -> None:
         self.news = message
-        if not self.has_news:  # the writer clears this before it reads `news`, so nothing newer is missed
-            self.has_news = True
-            self._run.channel.put(self, None)
 
-    def _new_group(self, sql: str) -> None:
-        self._send_group()
-        self._refuse_if_closed("execute()")
-        if not isinstance(sql, str):
-            raise MessageRefused(f"sql {sql!r} cannot be run: expected a str")
-        self._group_sql = sql
-
-    def _send_group(self) -> None:
-        if self._group:
-            group, self._group = self._group, []
-            self._send(MsgExecute(self._group_sql or "", group, True), len(group))
-        self._group_sql = None
-
-    def _send(self, message: Any, rows: int = 0) -> None:
-        if self._group:
-            self._send_group()  # in the order in which they came
-        self._refuse_if_closed(type(message).__name__)
-        if not self.stage.atomic:
-            self._run.channel.put(self, message, rows)
-            return
+    def pass_on(self, message: Any) -> None:
+        """A status message that is not this task's end."""
         self.held.append(message)
-        before, self._held_rows = self._held_rows, self._held_rows + (rows or 1)
-        if before < MANY_ROWS <= self._held_rows:
-            logger.warning(
-                "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
-                self.name, self._held_rows,
-            )  # fmt: skip
+
+    def finish(self, message: MsgTaskFinished) -> bool:
+        """The task's own word on how it ended; False if it had ended before."""
+        self.flush()
+        self.closed = True
+        self.held.append(message)
+        return True
+
+    def flush(self) -> None:
+        """Send the open group on."""
+        if self._group is not _NO_GROUP:
+            with self.lock:  # a thread of the task's may have ended it, and be here as well
+                (sql, rows), self._group = self._group, _NO_GROUP
+            if rows:
+                self.deliver(MsgExecute(sql, rows, True), len(rows))
+
+    def deliver(self, message: Any, rows: int) -> None:
+        """Keep a message that is to be stored if the task is done."""
+        with self.lock:
+            self._refuse_if_closed(type(message).__name__)
+            self.held.append(message)
+            before, self._held_rows = self._held_rows, self._held_rows + rows
+        if before < MANY_ROWS <= before + rows:
+            told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
+            self.tell(logging.WARNING, told, self.name, before + rows)
+
+    def tell(self, level: int, told: str, *arguments: Any) -> None:
+        """Log a line."""
+        logger.log(level, told, *arguments)
+
+    def _send(self, message: Any, rows: int) -> None:
+        if get_ident() == self._thread:
+            self.flush()  # in the order in which they came
+        self.deliver(message, rows)
+
+    def _send_rows(self, sql: str, rows: list[Any]) -> None:
+        _check_sql(sql)
+        self._send(MsgExecute(sql, rows, True), len(rows))
+
+    def _new_group(self, sql: str) -> list[Any]:
+        self.flush()
+        self._refuse_if_closed("execute()")
+        _check_sql(sql)
+        self._group = (sql, [])
+        return self._group[1]
 
     def _refuse_if_closed(self, what: str) -> None:
         self.check()
@@ -2266,9 +2219,8 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
 
     missing = [key for key in keys if key not in columns]
     if missing or not keys:
-        raise MessageRefused(
-            f"upsert into {table!r}: key {missing or keys!r} is not among the columns {columns!r}"
-        )
+        what = f"key {missing or keys!r} is not among the columns {columns!r}"
+        raise MessageRefused(f"upsert into {table!r}: {what}")
     others = quoted(name for name in columns if name not in keys)
     action = f"UPDATE SET {', '.join(f'{c}=excluded.{c}' for c in others)}" if others else "NOTHING"
     return (
@@ -2278,14 +2230,148 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
     )
 
 
+class _Attempt(TaskContext):
+    """One go at a task, in the process of the run: the context that sends, and what the engine knows of it.
+
+    The worker's thread runs it; the calling thread, the timer's and the writer's may end it. `lock` guards
+    the beginning and the end as well: who comes first decides, see Channel.put().
+    """
+
+    started_at = ""  # until it starts
+    has_news = False  # and that is on its way to the writer
+    rejected = False  # a message of this attempt was bad
+    abandoned = False  # its thread is left to itself, and ends when the function returns, if ever
+    lost = False  # how it ended could not be said, for lack of memory most likely
+    thread: threading.Thread | None = None  # that runs it, while a deadline may end it
+    on_cancel: Callable[[], object] | None = None  # wakes what it waits for
+    trouble = _NO_TROUBLE  # of this attempt; before it starts, of the one before
+
+    def __init__(
+        self, run: _Run, stage: _Stage, task: Any, task_id: int, name: str, attempt: int = 1
+    ) -> None:
+        super().__init__(stage.terms, task, task_id, name, attempt)
+        self.run, self.stage = run, stage
+        self.lock = threading.Lock()
+
+    def sleep(self, seconds: float) -> None:
+        woken, before = threading.Event(), self.on_cancel
+        self.on_cancel = woken.set
+        try:
+            self.check()
+            woken.wait(min(max(seconds, 0), threading.TIMEOUT_MAX))
+        finally:
+            self.on_cancel = before
+        self.check()
+
+    def note(self, message: MsgTaskProgress) -> None:
+        self.news = message
+        if not self.has_news:  # the writer clears this before it reads `news`, so nothing newer is missed
+            self.has_news = True
+            self.run.channel.put(self, PROGRESS)
+
+    def pass_on(self, message: Any) -> None:
+        self.run.channel.put(self, message)
+
+    def deliver(self, message: Any, rows: int) -> None:
+        if self._terms.atomic:
+            return super().deliver(message, rows)
+        self.check()
+        if not self.run.channel.put(self, message, rows if rows > 1 else 0):
+            self._refuse_if_closed(type(message).__name__)
+        return None
+
+    def tell(self, level: int, told: str, *arguments: Any) -> None:
+        self.run.watch.tell(level, told, *arguments)
+
+    def begin(self) -> bool:
+        """Start, in the thread that calls this; False if it was cancelled before."""
+        with self.lock:
+            if self.started_at:
+                return False
+            self.started_at = _now()
+        self._thread = get_ident()
+        return self.run.channel.put(self, STARTED)
+
+    def cancel_unstarted(self, reason: str) -> None:
+        """Cancel it unless it runs, or ran."""
+        with self.lock:
+            if self.started_at:
+                return
+            self.started_at = "never"
+        self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
+
+    def finish(self, message: MsgTaskFinished) -> bool:
+        if (message.status == DONE or not self._terms.atomic) and not self.closed and self.reason is None:
+            self.flush()
+        return self.run.channel.put(self, message, self._held_rows, last=True)
+
+    def cut_off(self, status: str, reason: str) -> None:
+        """Anybody else's end of it, who does not wait: only a done task's rows are stored."""
+        message = MsgTaskFinished(self.task_id, status, _now(), None, reason)
+        with suppress(WriterFailed):  # which ends the run
+            self.run.channel.put(self, message, last=True, wait=False)
+
+    def cancel(self, reason: str) -> None:
+        """Have whatever it does from now on raise TaskCancelled."""
+        self.reason = self.reason or reason
+        stop = self.on_cancel
+        if stop is not None:
+            stop()
+
+    def may_retry(self) -> bool:
+        return self.attempt <= self._terms.retries and self.run.stopping is None
+
+    def record(self, error: BaseException) -> str:
+        """Keep an exception, its traceback and its cause for the finish; returns its text."""
+        what, traceback, cause = error.args if isinstance(error, _RemoteError) else _told(error)
+        self.trouble = _Trouble(error, traceback, cause)
+        return str(what)
+
+
+def _told(error: BaseException) -> tuple[str, str, str]:
+    """An exception in words: what it is, its traceback, its cause."""
+    from traceback import format_exception
+
+    what = _describe(error)
+    try:
+        text = _text("".join(format_exception(type(error), error, error.__traceback__)))
+    except BaseException:  # an exception may be so broken that it cannot be shown
+        text = what
+    text = text if len(text) < 20_000 else f"{text[:10_000]}\n...\n{text[-10_000:]}"
+    return what, text, _cause(error, what)
+
+
+def _cause(error: BaseException, message: str) -> str:
+    """What failures of one cause have in common: the type, and the innermost line that is the user's."""
+    lines: list[str] = []
+    step = error.__traceback__
+    while step is not None:
+        frame, path = step.tb_frame, step.tb_frame.f_code.co_filename
+        ours = frame.f_globals is globals() or path.startswith(_LIBRARY) or "-packages" + os.sep in path
+        if not ours:
+            lines.append(f"{os.path.basename(path)}:{step.tb_lineno}, in {frame.f_code.co_name}")
+        step = step.tb_next
+    return f"{type(error).__name__} at {lines[-1]}" if lines else message
+
+
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
+
+
 # ---- Engine: one run; every wait in it has somebody who ends it ----------------------------------------
+#
+# threads   C the calling one, which pulls tasks; K the workers; W the writer; T the timer
+# locks     graph.lock (stages and tally; C W), attempt.lock (its beginning and end; C K T W), channel's and
+#           the timer's; taken in this order only, and nothing is logged or called of the user's with one
+#
+# A stray exception may come in C between any two lines. What C takes is therefore given back by `with` or
+# again by _Run.end(), and C waits for a _Bell, as an Event or a Condition may be left locked by it.
 
 FAILURES_KEPT = 100  # in a RunResult, and as many causes
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
-TROUBLES = {ERROR: "failed", CANCELLED: "was cancelled"}
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
+NEVER = -(2**63)  # as a run's number: older than all; as an id: below all
 
 
 @dataclass(frozen=True)
@@ -2325,172 +2411,710 @@ class RunResult:
         return not self.error and not self.cancelled
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The options of a run; those of a stage are in _Stage."""
-
-    workers: int | None = None
-    wal: bool = True
-    store_task_status: bool = True
-    fail_fast: bool = False
-    check: bool = True
-    progress: Any = "auto"
-    schema: str | None = None
-    handlers: Mapping[type, Handler] | None = None
-    busy_timeout: float = 300.0
-    durable: bool = False
-    resume: bool = False
-    retries: int = 0
-    retry_delay: float = 1.0
-    timeout: float | None = None
-    atomic: bool = True
-    writer: type[SQLiteWriter] = SQLiteWriter
-
-    def __post_init__(self) -> None:
-        _check_stage_options({name: getattr(self, name) for name in STAGE_OPTIONS})
-        if self.resume and not self.store_task_status:
-            raise UsageError(
-                "resume=True needs to know what is done, and store_task_status=False keeps no record of it; "
-                "leave one of them out"
-            )
-        if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
-            raise UsageError(f"workers={self.workers!r}: expected a whole number from 1; None is one per CPU")
-        _check_seconds("busy_timeout", self.busy_timeout)
-        if not (isinstance(self.writer, type) and issubclass(self.writer, SQLiteWriter)):
-            raise UsageTypeError(f"writer={self.writer!r}: expected a subclass of SQLiteWriter")
-        if self.schema is not None and not isinstance(self.schema, str):
-            raise UsageTypeError(f"schema={self.schema!r}: expected a str of SQL statements")
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int)
 
 
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1e9
+
+
+def _is_any(_: Any) -> bool:
+    return True
+
+
+SECONDS = "a number of seconds from 0 to 1e9"
+WORKERS = "a whole number from 1; None is one per CPU"
+TIMEOUT = "a number of seconds above 0, or None for no limit"
+OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {  # of a run: default, test, what is expected
+    "workers": (None, lambda n: n is None or (_is_whole(n) and n > 0), WORKERS),
+    "wal": (True, _is_any, ""),
+    "store_task_status": (True, _is_any, ""),
+    "fail_fast": (False, _is_any, ""),
+    "check": (True, _is_any, ""),
+    "progress": ("auto", _is_any, ""),
+    "schema": (None, lambda s: s is None or isinstance(s, str), "a str of SQL statements"),
+    "handlers": (None, _is_any, ""),
+    "busy_timeout": (300.0, _is_seconds, SECONDS),
+    "durable": (False, _is_any, ""),
+    "resume": (False, _is_any, ""),
+    "executor": (None, lambda e: e is None or hasattr(e, "submit"), "a concurrent.futures.Executor"),
+    "retries": (0, lambda n: _is_whole(n) and n >= 0, "a whole number from 0"),
+    "retry_delay": (1.0, _is_seconds, SECONDS),
+    "timeout": (None, lambda s: s is None or (_is_seconds(s) and s), TIMEOUT),
+    "atomic": (True, _is_any, ""),
+}
+WRITER_OPTIONS = ("wal", "store_task_status", "schema", "handlers", "busy_timeout", "durable")
 STAGE_OPTIONS = ("retries", "retry_delay", "timeout", "atomic")  # a stage may have its own
 
 
-def _check_stage_options(options: Mapping[str, Any]) -> None:
-    retries, timeout = options.get("retries", 0), options.get("timeout")
-    if not isinstance(retries, int) or retries < 0:
-        raise UsageError(f"retries={retries!r}: expected a whole number from 0")
-    _check_seconds("retry_delay", options.get("retry_delay", 0))
-    if timeout is not None and not timeout:
-        raise UsageError(f"timeout={timeout!r}: expected a number of seconds above 0, or None for no limit")
-    _check_seconds("timeout", timeout or 0)
-
-
-def _check_seconds(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1e9:
-        raise UsageError(f"{name}={value!r}: expected a number of seconds from 0 to 1e9")
-
-
-class _Stage:
-    """The tasks of a run that share one function and its options, and how far the run is with them.
-
-    `call` takes the context of an attempt. `source` is an iterable of items, or a function that makes one;
-    `identify` takes an item and its position, from 1, and says (task_id, name), either of them perhaps
-    None. A stage ends when its source is exhausted and all that it submitted is settled; then those of its
-    `followers` start that wait for nothing else.
-    """
-
-    retries: int
-    retry_delay: float
-    timeout: float | None
-    atomic: bool
-
-    def __init__(
-        self,
-        call: Callable[[TaskContext], object],
-        source: Any,
-        identify: Callable[[Any, int], tuple[Any, str | None]],
-        name: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        lone: bool = False,
-    ) -> None:
-        self.call, self.source, self.identify, self.name = call, source, identify, name
-        self.options = options or {}
-        self.lone = lone  # one task, which is known at the start
-        self.followers: list[_Stage] = []
-        self.awaits: list[str] = []  # names of single tasks that it comes after
-        self.waits = 0  # how many stages and single tasks before it have not ended yet
-        self.doomed = ""  # why its tasks are cancelled instead of started
-        self.spoiled = ""  # which of its tasks did not succeed, for its followers
-        self.upcoming: Iterator[tuple[Any, int, str, str | None]] | None = None  # once it is open
-        self.submitted = 0  # changed by the one thread that pulls it
-        self.settled = 0  # changed by the writer's
-        self.exhausted = False
-        self.registered: int | None = None  # tasks that were `queued` rows before they are submitted
-        self.by_name = True  # some of its tasks are known by their names only
-        self.highest = 0  # of the ids that known tasks have themselves: the others' are above it
-
-
-def _same_name(name: str) -> UsageError:
-    return UsageError(f"two tasks are named {name!r}; give each its own, as with name=")
-
-
-class _Interrupted(KeyboardInterrupt):
-    """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
-
-
-async def _awaited(ctx: TaskContext, coroutine: Any) -> object:
-    """Run a coroutine so that what cancels its task cancels it, too."""
-    import asyncio
-
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    ctx.on_cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
-    try:
-        ctx.check()
-        return await coroutine
-    except asyncio.CancelledError:
-        ctx.check()
-        raise
-    finally:
-        ctx.on_cancel = None
-
-
-def _stack_of(ctx: TaskContext) -> str:
-    """Where a task's thread, or its coroutine, is just now."""
-    from traceback import format_stack
-
-    frames: list[str] = []
-    awaited, ident = ctx.coroutine, ctx.thread.ident if ctx.thread else None
-    try:
-        while awaited is not None and not getattr(awaited, "cr_running", False):
-            frame = getattr(awaited, "cr_frame", None)
-            frames += format_stack(frame, 1) if frame else []
-            awaited = getattr(awaited, "cr_await", None)
-        frames = frames or format_stack(sys._current_frames()[ident or 0])
-    except Exception as error:  # its source cannot be read, or the thread has just ended
-        frames = [_describe(error)]
-    return _text("its thread was here:\n" + "".join(frames))
-
-
-def _cause(error: BaseException | None, message: str) -> str:
-    """What failures of one cause have in common: the type, and the innermost line that is the user's."""
-    lines: list[str] = []
-    step = error.__traceback__ if error is not None else None
-    while step is not None:
-        frame, path = step.tb_frame, step.tb_frame.f_code.co_filename
-        ours = frame.f_globals is globals() or path.startswith(_LIBRARY) or "-packages" + os.sep in path
-        if not ours:
-            lines.append(f"{os.path.basename(path)}:{step.tb_lineno}, in {frame.f_code.co_name}")
-        step = step.tb_next
-    return f"{type(error).__name__} at {lines[-1]}" if lines else message
-
-
-_LIBRARY = os.path.dirname(os.__file__) + os.sep
-
-
-_running: set[_Run] = set()  # the runs of this process, or of the one that it was forked from
-
-
-def _refuse_in_child() -> None:
-    """After a fork: the threads of the runs are not here, and the locks that they held are held for good."""
-    for run in _running:
-        run.channel = Channel()
-        run.channel.fail(
-            MessageRefused("this is a forked process; only its parent can send messages to the run")
+def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] = OPTIONS) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UsageTypeError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    for name, value in options.items():
+        default, test, expected = OPTIONS[name]
+        if not test(value):
+            kind = UsageTypeError if name in ("schema", "executor") else UsageError
+            raise kind(f"{name}={value!r}: expected {expected}")
+    if options.get("resume") and not options.get("store_task_status", True):
+        raise UsageError(
+            "resume=True needs to know what is done, and store_task_status=False keeps no record of it; "
+            "leave one of them out"
         )
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_refuse_in_child)
+class _Bell:
+    """Wakes its one sleeper: the lock is free after a ring. Any thread, and a signal handler, may ring."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError:  # it has rung already, and nobody has heard it yet
+            return
+
+    def wait(self, seconds: float) -> None:
+        self._lock.acquire(timeout=seconds)
+
+
+def _call_with_task(function: Any, ctx: TaskContext) -> object:
+    return function(ctx.task, ctx)  # as run_pipeline's worker_fn
+
+
+def _call_with_item(function: Any, ctx: TaskContext) -> object:
+    return function(ctx, ctx.task)  # as a Pipeline's, for each item
+
+
+def _call_alone(function: Any, ctx: TaskContext) -> object:
+    return function(ctx)  # as a Pipeline's, without each=
+
+
+class _Declared:
+    """The tasks that share one function and its options, as they were declared."""
+
+    after: Sequence[Any] = ()  # functions and names
+    even_if_failed = False
+    options: Mapping[str, Any] = {}
+    by_name = True  # some tasks have no id of their own
+    ids: Mapping[int, str] = {}  # of the others, with their names, where they are known; or the highest
+
+    def __init__(self, name: str, function: Any, call: Any, source: Any, naming: Any = None) -> None:
+        self.name, self.function, self.call = name, function, call
+        self.source = source  # of the items: an iterable, or a function that makes one
+        self.naming = naming  # makes a name of an item
+
+    def identify(self, item: Any, position: int) -> tuple[Any, str]:
+        """The id that an item has of itself, perhaps None, and its name; `position` counts from 1."""
+        if self.call is _call_alone:
+            return None, self.name
+        given, name = _identify(item)
+        if self.call is _call_with_task:
+            return given, _text(name) if name else f"task-{position if given is None else given}"
+        if self.naming is not None:
+            return None, _text(self.naming(item) or f"{self.name}[{position}]")
+        if not isinstance(name, str):
+            name = str(item)
+            if re.search(" at 0x[0-9a-fA-F]{5}", name):  # an address names nothing in later runs
+                name = str(position)
+        return None, _text(f"{self.name}[{name}]")
+
+    def items(self) -> Any:
+        """What its tasks are made of; calls the user's code."""
+        items = self.source() if callable(self.source) else self.source
+        if not hasattr(items, "__iter__") or _is_path(items):
+            what = f"each= of task {self.name!r} gives {items!r}"
+            raise UsageTypeError(f"{what}; expected an iterable of items")
+        return items
+
+
+def _identify(task: Any) -> tuple[Any, str | None]:
+    """The id and the name that a task has of itself, if any."""
+    if isinstance(task, (str, int, float, os.PathLike)):
+        return None, os.fspath(task) if isinstance(task, os.PathLike) else str(task)
+    if isinstance(task, Mapping):
+        return task.get("task_id"), task.get("name")
+    return getattr(task, "task_id", None), getattr(task, "name", None)
+
+
+class _Stage:
+    """How far a run is with the tasks of one declaration. _Intake and the graph's lock guard it.
+
+    It has ended when it is exhausted and all that it submitted is settled.
+    """
+
+    def __init__(self, declared: _Declared, options: Mapping[str, Any], path: str, kinds: Any) -> None:
+        self.declared, self.name = declared, declared.name
+        chosen = {**options, **declared.options}
+        limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
+        terms = (chosen[name] for name in _Terms._fields[3:])
+        self.terms = _Terms(path, kinds, limit, *terms)
+        self.lone = declared.call is _call_alone  # one task, of the stage's own name
+        self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
+        self.items: Iterator[Any] | None = None  # once it is open
+        self.size = len(declared.source) if isinstance(declared.source, Sequence) else None
+        self.pulled = self.submitted = self.settled = 0
+        self.exhausted = False
+        self.place = _Place()
+
+    def has_ended(self) -> bool:
+        return self.exhausted and self.submitted <= self.settled
+
+
+class _Place:
+    """Where a stage stands in the graph. The graph's lock guards it."""
+
+    def __init__(self) -> None:
+        self.followers: list[_Stage] = []
+        self.waits = 0  # how many stages that it comes after have not ended
+        self.doomed = ""  # why its tasks are cancelled instead of started
+        self.spoiled = ""  # which of its tasks did not succeed, for what comes after it
+        self.newest = NEVER  # the last run that did a task of it
+        self.older = NEVER  # and a task of those that it comes after
+
+
+class _Graph:
+    """What comes after what: which stages may start, and which are doomed.
+
+    `lock` guards it, the stages and the tally, for the calling thread and the writer's. It can be taken again
+    by who has it, as the end of one stage starts others. `begin` starts a stage, with the lock held.
+    """
+
+    begin: Callable[[_Stage], None]
+
+    def __init__(
+        self, stages: Mapping[_Declared, _Stage], after: Mapping[_Declared, list[_Declared]]
+    ) -> None:
+        self.lock = threading.RLock()
+        self.stages = list(stages.values())
+        for declared, stage in stages.items():
+            stage.place.waits = len(after[declared])
+            for before in after[declared]:
+                stages[before].place.followers.append(stage)
+
+    def total(self) -> int | None:
+        """How many tasks there are, once that is known; a doomed stage counts as one."""
+        sizes = [stage.size for stage in self.stages]
+        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+    def unpulled(self) -> int:
+        """How many are known of, and nobody has asked for them yet."""
+        return sum(max(stage.size - stage.pulled, 0) for stage in self.stages if stage.size)
+
+    def start(self) -> None:
+        for stage in [stage for stage in self.stages if not stage.place.waits]:  # first: some soon have none
+            self.begin(stage)
+            self.stirred(stage)
+
+    def stirred(self, stage: _Stage) -> None:
+        """A task of this stage has ended, or its items have: perhaps it has ended itself."""
+        stirred = [stage]
+        for stage in stirred:  # which grows: a follower may have nothing to do
+            if stage.has_ended():
+                for follower in stage.place.followers:
+                    self._tell(follower, stage)
+                    if not follower.place.waits:
+                        self.begin(follower)
+                        stirred.append(follower)
+
+    def _tell(self, follower: _Stage, stage: _Stage) -> None:
+        """One stage that the follower comes after has ended."""
+        place, before = follower.place, stage.place
+        place.waits -= 1
+        place.older = max(place.older, sys.maxsize if stage.submitted else before.newest)
+        if before.spoiled and not follower.declared.even_if_failed and not place.doomed:
+            place.spoiled = before.spoiled  # the first cause, all the way down
+            place.doomed = f"not started: {before.spoiled}"
+
+
+class _Roster:
+    """Who is who: which id a task of this run has, and which run has done it before.
+
+    For the calling thread; no lock. It asks what earlier runs have committed over a read-only connection,
+    whose temporary table holds the ids that this run has given out: SQLite keeps it on disk once it is large.
+    """
+
+    def __init__(
+        self, writer: SQLiteWriter, resume: bool, ids: Mapping[int, str], give_up: Callable[[float], bool]
+    ) -> None:
+        self._store = writer.store
+        self._resume = resume
+        self._give_up = give_up  # whether it has waited too long for a lock
+        self._ids = ids  # that tasks of this run have, with their names
+        self.old = writer.status.last_id  # the highest id of earlier runs
+        self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
+        self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
+        self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
+        if self.old == NEVER:  # there is nothing to be read
+            self._conn = sqlite3.connect("", isolation_level=None)
+        else:
+            self._conn = _connect_readonly(self._store.path, POLL)
+        self._ask("CREATE TEMP TABLE taken(low INTEGER PRIMARY KEY, until INTEGER)")
+
+    def close(self) -> None:
+        self._conn.close()
+
+    def find(self, given: Any, name: str) -> tuple[int, int | None]:
+        """The id of a task, and the run that has done it, if one has. What is `given` has an id of its own.
+
+        Others have that of their name in earlier runs; of the same name, in the order of their coming.
+        """
+        if given is not None:
+            return self._find_id(_task_id(given), name)
+        while self.old > NEVER:
+            after = self._twins.get(name, NEVER)
+            found = self._ask(FIND_NAME, name, after, self.old)
+            if not found:
+                break
+            id, status, run_id = found[0]
+            if self._ids.get(id) != name and self._take(id):
+                return id, self._done_in(status, run_id)
+            self._twins[name] = id
+        self._next_id += 1
+        self._take(self._next_id - 1)
+        return self._next_id - 1, None
+
+    def _find_id(self, id: int, name: str) -> tuple[int, int | None]:
+        if not self._take(id):
+            what = f"task_id {id} of task {name!r} is another task's in this run"
+            raise UsageError(f"{what}; give each its own")
+        self._next_id = max(self._next_id, id + 1)
+        for _, status, run_id in self._ask(FIND_ID, id) if self._resume and id <= self.old else ():
+            return id, self._done_in(status, run_id)
+        return id, None
+
+    def _done_in(self, status: str, run_id: int) -> int | None:
+        return run_id if self._resume and status == DONE else None
+
+    def _take(self, id: int) -> bool:
+        """Whether an id is free in this run; it then is not any more. Kept as intervals, low to until."""
+        if id == self._until < self._end:
+            self._until += 1  # as nearly all do, which costs no SQL
+            return True
+        if self._from <= id < self._until:
+            return False
+        self._ask("INSERT OR REPLACE INTO taken VALUES (?, ?)", self._from, self._until)
+        below = self._ask("SELECT until FROM taken WHERE low <= ? ORDER BY low DESC LIMIT 1", id)
+        if below and id < below[0][0]:
+            return False
+        above = self._ask("SELECT min(low) FROM taken WHERE low > ?", id)[0][0]
+        self._from, self._until, self._end = id, id + 1, 2**63 if above is None else above
+        return True
+
+    def _ask(self, sql: str, *parameters: Any) -> list[Any]:
+        """In slices, as a lock that is waited for in C holds up signals."""
+        began = time.monotonic()
+        while True:
+            try:
+                return self._conn.execute(sql, parameters).fetchall()
+            except sqlite3.DatabaseError as error:
+                waited = time.monotonic() - began
+                if _trouble(error) != "lock":
+                    cure = CURES.get(_trouble(error), "restore it or use another file")
+                    raise DatabaseError(self._store.shown, f"cannot be read: {error}", cure) from error
+                if self._give_up(waited):
+                    raise self._store.out_of_patience(error, waited) from error
+
+
+class _Timer(threading.Thread):
+    """What is to happen later, retries and deadlines: a heap of [when, number, action] under its own lock.
+
+    Any thread may add to it. What an action raises is kept in `fault`, and `ended` is called.
+    """
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+
+    def __init__(self, ended: Callable[[], object]) -> None:
+        super().__init__(name="pipeloom-timer", daemon=True)
+        self._lock = threading.Lock()  # guards the heap
+        self._bell = _Bell()
+        self._heap: list[list[Any]] = []
+        self._numbers = count()
+        self._called_off = 0  # entries whose action is None
+        self._over = False
+        self._ended = ended
+        self.fault: BaseException | None = None
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def after(self, delay: float, action: Callable[[], object]) -> list[Any]:
+        """Have an action called in this thread; returns what call_off() takes."""
+        entry = [self.clock() + delay, next(self._numbers), action]
+        with self._lock:
+            heappush(self._heap, entry)
+            is_first = self._heap[0] is entry
+        if is_first:
+            self.look()
+        return entry
+
+    def call_off(self, entry: list[Any]) -> None:
+        with self._lock:
+            entry[2] = None
+            self._called_off += 1
+            if self._called_off > 100 + len(self._heap) // 2:  # deadlines of tasks that were in time
+                self._heap = [entry for entry in self._heap if entry[2] is not None]
+                heapify(self._heap)
+                self._called_off = 0
+
+    def look(self) -> None:
+        """Have it look at the clock."""
+        self._bell.ring()
+
+    def stop(self) -> None:
+        self._over = True
+        self._bell.ring()
+
+    def step(self) -> float:
+        """Do what is due; returns the seconds until the next."""
+        while True:
+            with self._lock:
+                left = self._heap[0][0] - self.clock() if self._heap else threading.TIMEOUT_MAX
+                if left > 0 or self._over:
+                    return min(left, threading.TIMEOUT_MAX)
+                action = heappop(self._heap)[2]
+            if action is not None:
+                action()
+
+    def run(self) -> None:
+        try:
+            while not self._over:
+                self._bell.wait(self.step())
+        except BaseException as error:  # for the calling thread, which would wait for ever
+            self.fault = error
+            self._ended()
+
+
+class _EventLoop:
+    """The event loop that all `async def` tasks of a run share, in a thread of its own.
+
+    For the workers; `_lock` is for two who come first at once. close() is the calling thread's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._loop: Any = None
+        self._over: Any = None
+
+    def start(self) -> None:
+        """Unless it has started."""
+        import asyncio
+
+        with self._lock:
+            if self._thread is None:
+                ready = threading.Event()
+                thread = _Worker(lambda: asyncio.run(self._serve(ready)))
+                _start(thread)
+                ready.wait(GRACE)
+                self._thread = thread
+
+    def submit(self, ctx: _Attempt, coroutine: Any) -> Any:
+        """Run a coroutine; returns a concurrent.futures.Future."""
+        import asyncio
+
+        self.start()  # what was not declared as `async def` may return a coroutine, too
+        return asyncio.run_coroutine_threadsafe(_guarded(ctx, coroutine), self._loop)
+
+    async def _serve(self, ready: threading.Event) -> None:
+        import asyncio
+
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        ready.set()
+        await self._over.wait()  # asyncio.run() then cancels what is left
+
+    def close(self) -> threading.Thread | None:
+        """Have it end; returns its thread. A task that blocks it is left behind."""
+        if self._thread is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._over.set)
+        return self._thread
+
+
+async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException | None]:
+    """A SystemExit would end the loop, which is not this task's alone."""
+    ctx.enter()
+    try:
+        return await coroutine, None
+    except (SystemExit, KeyboardInterrupt) as error:
+        return None, error
+
+
+class _RemoteError(Exception):
+    """A task failed in a process of executor=; its arguments are what _told() said of it there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _call_there(call: Any, function: Any, ctx: TaskContext) -> tuple[list[Any], str | None, Any]:
+    """In a process of executor=: call a task's function with a context that only gathers.
+
+    Returns the messages that it sent, its result, and in words what it raised: not each exception travels.
+    """
+    try:
+        ctx.enter()
+        value = call(function, ctx)
+        if type(value) is CoroutineType:
+            import asyncio
+
+            value = asyncio.run(value)
+        ctx.flush()
+        return ctx.held, _result_text(value), None
+    except TaskCancelled as stop:
+        return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop))], None, None
+    except BaseException as error:
+        return [], None, _told(error)
+
+
+class _Worker(threading.Thread):
+    """A thread that runs tasks; it has the name of the one that it runs."""
+
+    def __init__(self, target: Callable[[], object]) -> None:
+        super().__init__(target=target, name="pipeloom-worker", daemon=True)
+
+
+class _Crew:
+    """The workers, and the attempts that are theirs: submitted, and not settled.
+
+    `ready` and `live` need no lock: of both only single operations are used. None dismisses a worker. The
+    calling thread submits, the writer's settles, the timer's replaces a worker.
+    """
+
+    def __init__(self, run: _Run, size: int) -> None:
+        self._run = run
+        self.size = size
+        self.room = max(64, 4 * size)  # how many are pulled ahead
+        self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
+        self.live: dict[int, _Attempt] = {}  # by task_id
+        self.timer = _Timer(run.wake.ring)
+        self.has_lost = False  # an attempt is marked as lost
+        self._threads: set[threading.Thread] = set()
+        self._loop = _EventLoop()
+        self._pid = os.getpid()
+
+    def start(self) -> None:
+        from inspect import iscoroutinefunction
+
+        stages = self._run.graph.stages
+        if any(stage.terms.retries or stage.terms.timeout for stage in stages):
+            _start(self.timer)
+        if any(iscoroutinefunction(stage.declared.function) for stage in stages):
+            self._loop.start()
+        for number in range(self.size):
+            try:
+                self._start_one()
+            except PipeloomError:
+                if not number:
+                    raise
+                told = "only %d of %d workers start: the system has no more threads (ulimit -u)"
+                self._run.watch.tell(logging.WARNING, told, number, self.size)
+                break
+
+    def _start_one(self) -> None:
+        thread = _Worker(self._work)
+        self._threads.add(thread)  # first: a stray exception may come
+        try:
+            _start(thread)
+        except PipeloomError:
+            self._threads.discard(thread)
+            raise
+
+    def has_room(self) -> bool:
+        return self.ready.qsize() < self.room and len(self.live) < max(LIVE, 2 * self.size)
+
+    def submit(self, ctx: _Attempt, doomed: str) -> None:
+        self.live[ctx.task_id] = ctx  # first: from here on somebody ends it
+        if doomed:
+            ctx.cancel_unstarted(doomed)
+        else:
+            self.ready.put(ctx)
+
+    def retry(self, ctx: _Attempt, message: str) -> float:
+        """Have a task that failed tried again; returns in how many seconds."""
+        again = _Attempt(self._run, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
+        again.trouble = ctx.trouble._replace(cause=message)
+        self.live[ctx.task_id] = again
+        delay = _delay(ctx.stage.terms.retry_delay, ctx.attempt)
+        self.timer.after(delay, partial(self.ready.put, again))
+        return delay
+
+    def cancel_unstarted(self, reason: str) -> None:
+        for ctx in list(self.live.values()):
+            ctx.cancel_unstarted(reason)
+
+    def leave(self, reason: str) -> None:
+        """Cut off what runs, and tell it so: its threads are left to themselves."""
+        for ctx in list(self.live.values()):
+            ctx.cancel(reason)
+            ctx.abandoned = True
+            ctx.cut_off(CANCELLED, reason)
+
+    def check(self) -> None:
+        """What the workers and the timer could not say themselves; raises if nobody is left."""
+        if self.timer.fault is not None:
+            raise self.timer.fault
+        if self.has_lost:
+            self.has_lost = False
+            for ctx in list(self.live.values()):
+                if ctx.lost:
+                    ctx.cut_off(ERROR, "it ended, and how could not be recorded: there was no memory")
+        if self.live and not self._run.stopping and not any(map(_Worker.is_alive, tuple(self._threads))):
+            raise PipeloomError("no worker is left, as the system starts no new thread; run again with fewer")
+
+    def dismiss(self, has_waited: Callable[[float], bool]) -> None:
+        """Have all end when what they do has ended; a task that hangs is left behind."""
+        self.timer.stop()
+        self.ready.put(None)
+        began = time.monotonic()
+        for thread in (*self._threads, self.timer, self._loop.close()):
+            while thread is not None and thread.is_alive() and not has_waited(time.monotonic() - began):
+                thread.join(POLL)
+
+    # In a worker's thread
+
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while True:
+            ctx = None
+            try:
+                if self.ready.qsize() in (0, self.room // 2):
+                    self._run.wake.ring()
+                    me.name = "pipeloom-worker"
+                ctx = self.ready.get()  # ended by whoever submits or, however the run ends, by dismiss()
+                if ctx is None:
+                    return self.ready.put(None)  # for the next one
+                me.name = ctx.name
+                self._attempt(ctx)
+            except WriterFailed:
+                return None
+            except BaseException:  # no memory, most likely: the calling thread says so
+                if ctx is not None:
+                    ctx.lost = self.has_lost = True
+                    self._run.wake.ring()
+            if ctx is not None and ctx.abandoned:
+                return None
+
+    def _attempt(self, ctx: _Attempt) -> None:
+        if self._run.stopping:
+            ctx.cancel_unstarted(self._run.stopping)
+        if not ctx.begin():
+            return
+        try:
+            value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
+            finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
+            accepted = ctx.closed or ctx.finish(finish)
+        except TaskCancelled as stop:
+            ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
+        except WriterFailed:
+            raise
+        except BaseException as error:  # SystemExit too: a task's end is not the program's
+            self._fail(ctx, error)
+        else:
+            if not accepted and not ctx.cancelled:
+                ctx.tell(logging.DEBUG, "task %r was finished twice; the first counts", ctx.name)
+
+    def _call(self, ctx: _Attempt) -> object:
+        declared, executor = ctx.stage.declared, ctx.stage.terms.executor
+        if executor is not None:
+            terms = ctx.stage.terms._replace(executor=None)
+            there = TaskContext(terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt)
+            future = executor.submit(_call_there, declared.call, declared.function, there)
+            messages, value, told = _awaited(ctx, future)
+            if told is not None:
+                raise _RemoteError(*told)
+            for message in messages:
+                ctx.put(message)
+            return value
+        try:
+            value = declared.call(declared.function, ctx)
+        finally:
+            if os.getpid() != self._pid:
+                _end_child()
+        if type(value) is CoroutineType:
+            value, error = _awaited(ctx, self._loop.submit(ctx, value))
+            if error is not None:
+                raise error
+        return value
+
+    def _call_in_time(self, ctx: _Attempt) -> object:
+        ctx.thread = threading.current_thread()
+        deadline = self.timer.after(ctx.stage.terms.timeout, partial(self._time_out, ctx))
+        try:
+            return self._call(ctx)
+        finally:
+            self.timer.call_off(deadline)
+            with ctx.lock:
+                ctx.thread = None  # unless the timer was first
+
+    def _fail(self, ctx: _Attempt, error: BaseException) -> None:
+        if ctx.closed:
+            level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
+            told = "task %r raised after its finish, which counts: %s"
+            return ctx.tell(level, told, ctx.name, _describe(error))
+        if isinstance(error, MemoryError):
+            error.__traceback__ = None  # whose frames hold what took the memory
+        ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
+        return None
+
+    # In the timer's
+
+    def _time_out(self, ctx: _Attempt) -> None:
+        """End an attempt whose thread cannot be ended: another takes its place."""
+        text = f"timed out after {ctx.stage.terms.timeout:g} s"
+        with ctx.lock:
+            thread = ctx.thread
+            if thread is None:
+                return  # the function has just returned
+            ctx.abandoned = True
+        if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
+            told = "task %r has ended, but its function goes on: it %s"
+            ctx.tell(logging.WARNING, told, ctx.name, text)
+        else:
+            ctx.trouble = _Trouble(TimeoutError(text), _stack_of(thread), text)
+        try:
+            self._start_one()
+        except PipeloomError:
+            told = "no thread starts in place of the one of task %r; %d workers are left"
+            ctx.tell(logging.WARNING, told, ctx.name, len(self._threads) - 1)
+        self._threads.discard(thread)  # nobody waits for it; not sooner, as then none might seem to be left
+        ctx.cut_off(ERROR, text)
+        ctx.cancel(text)
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:
+        what = f"the system starts no thread for the {thread.name.partition('-')[2]}: {error}"
+        raise PipeloomError(f"{what}; raise its limit (ulimit -u), or end other programs") from error
+
+
+def _awaited(ctx: _Attempt, future: Any) -> Any:
+    """The result of a future; what cancels the task cancels that, too."""
+    woken = threading.Event()
+    ctx.on_cancel = woken.set
+    future.add_done_callback(lambda _: woken.set())
+    if not ctx.cancelled:
+        woken.wait()
+    if not future.done():
+        future.cancel()
+        ctx.check()
+    return future.result()
+
+
+def _stack_of(thread: threading.Thread | None) -> str:
+    """Where a task's thread is just now."""
+    from traceback import format_stack
+
+    try:
+        frames = format_stack(sys._current_frames()[thread.ident])  # type: ignore[union-attr, index]
+    except Exception as error:  # its source cannot be read, or the thread has just ended
+        frames = [_describe(error)]
+    return _text("its thread was here:\n" + "".join(frames))
 
 
 def _end_child() -> NoReturn:
@@ -2506,872 +3130,422 @@ def _end_child() -> NoReturn:
     os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
-class _Run:
-    """One run, from the first task to the last commit.
+class _Interrupted(KeyboardInterrupt):
+    """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
 
-    The calling thread pulls tasks and waits; workers take them from `_ready`; the writer calls settle(); a
-    timer starts what waits for a retry and ends what is beyond its deadline. `_lock` guards the counts, the
-    stages' ends, `_later`, `_timed` and the three conditions: workers wait on `_work` for a task (announced
-    by _hand_out and _dismiss), the calling thread on `_wake` for room or settled tasks (announced by _take
-    and settle; it polls besides, for signals), the timer on `_time` for the next moment (announced by
-    whoever brings that forward, and by _dismiss). `_ready` is a deque, whose ends are safe without a lock,
-    and of `_live` only single operations are used. The channel's lock may be taken inside `_lock`.
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP, which urge a run to its end.
+
+    The handler runs inside the calling thread and only notes what came and when; that thread polls urgency(),
+    and so does the writer while it waits for a lock or a disk.
     """
 
-    clock: Callable[[], float] = staticmethod(time.monotonic)  # of retries and deadlines
-
-    def __init__(self, stages: list[_Stage], db_path: str, settings: _Settings) -> None:
-        self.settings = settings
-        self.pid = os.getpid()
-        self.channel = Channel()
-        self.display = _display_of(settings.progress)
-        self.writer = self._make_writer(db_path)
-        self.stopping: str | None = None  # why nothing new starts
-        self.began = time.monotonic()
-        self.failures: list[Failure] = []
-        self.causes: dict[str, int] = {}
-        self.first_error: BaseException | None = None
-        self.unreported = 0  # failures that the workers did not report themselves
-        self._stages = stages
-        self._take_stages()
-        self._workers = settings.workers or os.cpu_count() or 1
-        if not self._unknown:
-            self._workers = max(1, min(self._workers, self._known))  # no more than tasks
-        self._threads: list[threading.Thread] = []
-        self._timer = threading.Thread(target=self._keep_time, name="pipeloom-timer", daemon=True)
-        self._lock = threading.RLock()
-        self._work = threading.Condition(self._lock)
-        self._wake = threading.Condition(self._lock)
-        self._time = threading.Condition(self._lock)
-        self._sleepers = threading.Condition()  # tasks in ctx.sleep(); cancel() wakes them
-        self._ready: deque[TaskContext] = deque()
-        self._most_live = max(LIVE, 2 * self._workers)
-        self._room = max(64, 4 * self._workers)  # how many tasks are pulled ahead
-        self._idle = 0  # workers that wait
-        self._dismissed = False
-        self._stirred = False  # something happened since the calling thread last looked
-        self._live: dict[int, TaskContext] = {}  # submitted and not settled
-        self._later: list[tuple[float, int, TaskContext, str]] = []  # a heap of what waits for a retry
-        self._timed: dict[TaskContext, float] = {}  # the deadlines of what runs
-        self._counts = dict.fromkeys((*FINAL, "skipped"), 0)
-        self._next_id = 1
-        self._old = -(2**63)  # the highest id of earlier runs
-        self._taken: dict[int, int] = {}  # which of those are some task's in this run: 1,024 bits an entry
-        self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
-        self._reader: sqlite3.Connection | None = None  # the calling thread's
-        self._names: sqlite3.Connection | None = None  # and its list of the names in this run
-        self._recent: set[str] = set()  # those that are not in there yet
-        self._signals: list[int] = []
-        self._heeded = 0
-        self._leave_at: float | None = None
-        self._left = False  # what ran was cancelled
-        self._shown = False  # the display was started
-        self._pulling = False  # the calling thread is inside the user's iterator
-        self._fault: BaseException | None = None  # for the calling thread to raise
-
-    def _take_stages(self) -> None:
-        self._sources: deque[_Stage] = deque()  # stages whose tasks may be pulled
-        self._stages_left = len(self._stages)
-        self._waiters: dict[str, list[_Stage]] = {}  # by the name of the task that they wait for
-        self._known = self._unknown = 0  # tasks, and stages of which nobody can say how many they have
-        for stage in self._stages:
-            for option in STAGE_OPTIONS:
-                setattr(stage, option, stage.options.get(option, getattr(self.settings, option)))
-            for name in stage.awaits:
-                self._waiters.setdefault(name, []).append(stage)
-            if isinstance(stage.source, Sequence):
-                self._known += len(stage.source)
-            else:
-                self._unknown += 1
-
-    def _total(self) -> int | None:
-        return None if self._unknown else self._known
-
-    def _make_writer(self, db_path: str) -> SQLiteWriter:
-        s = self.settings
-        writer = s.writer(
-            db_path, self.channel, wal=s.wal, store_task_status=s.store_task_status, schema=s.schema,
-            handlers=s.handlers, busy_timeout=s.busy_timeout, durable=s.durable,
-        )  # fmt: skip
-        writer.display = None if type(self.display) is Progress else self.display
-        writer.run_of = self
-        return writer
-
-    # The calling thread
-
-    def execute(self) -> RunResult:
-        """Run all tasks. However it ends, what was accepted is stored and the process is as it was.
-
-        1. lock and open the database, show the display, start the workers; 2. pull tasks until there are
-        none or something stops the run; 3. dismiss the workers; 4. tell the writer how it ended, wait for
-        its last commit; 5. stop the display; 6. release the lock, restore the signal handlers; 7. return,
-        or raise what stopped it.
-        """
-        if any(run.pid != self.pid for run in tuple(_running)):
-            raise UsageError(
-                "a process that was forked in the middle of a run can start none: threads that are not in it"
-                " may have held locks; use subprocess, or multiprocessing's get_context('spawn')"
-            )
-        _check_database(self.writer.db_path)
-        lock = _RunLock(self.writer.db_path)
-        previous: dict[int, Any] = {}
-        failure: BaseException | None = None
-        try:
-            try:
-                previous = self._take_signals()
-                _running.add(self)
-                if lock.path:
-                    self.writer.files[lock.path] = os.stat(lock.path)
-                self._start()
-                self._pull_all()
-            except BaseException as error:
-                failure = error
-                self.stopping = self.stopping or f"the run ended: {_describe(error)}"
-            failure = self._wind_up(failure)
-        finally:
-            _running.discard(self)
-            lock.release()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        result = self.result()
-        if self._signals:
-            if isinstance(failure, PipeloomError):
-                logger.error("%s", failure)
-            self._deliver(result)
-        if failure is not None:
-            raise failure
-        if self.settings.check and self.unreported:
-            raise PipelineError(result) from self.first_error
-        return result
-
-    def _start(self) -> None:
-        self.writer.index_names = any(stage.by_name for stage in self._stages)
-        self.writer.start()
-        while not self.writer.opened.wait(POLL):  # it opens, or fails, within busy_timeout
-            self.writer.hurried = bool(self._signals)
-            self._check_faults()
-        self._check_faults()
-        if self.writer.db_path == ":memory:":
-            logger.warning("the database is :memory:, so that nothing is left of it after the run")
-        logger.info("database %r is open; %d workers start", self.writer.db_path, self._workers)
-        self._old = self.writer.last_id
-        self._next_id = max(1, self._old + 1, *(stage.highest + 1 for stage in self._stages))
-        if self._next_id > 2**62 and self.writer.index_names:
-            cure = "use another file, or give each task its own task_id"
-            raise DatabaseError(
-                self.writer.db_path, f"has a task of id {self._next_id - 1}, beyond which few are left", cure
-            )
-        first = [stage for stage in self._stages if not stage.waits]
-        for stage in self._stages:
-            if isinstance(stage.source, Sequence):
-                self._forget_stand_in(stage)
-                self._register(stage, stage.source)
-        self._show()
-        with self._lock:
-            for stage in first:
-                if self._begin(stage):
-                    self._end(stage)
-        self._start_threads()
-
-    def _show(self) -> None:
-        try:
-            self.display.start(self._total())
-            self._shown = True
-        except BaseException as error:  # even its SystemExit is not the run's
-            self.writer.display = None
-            logger.warning("the progress display failed and is off: %s", _describe(error))
-
-    def _show_counts(self) -> None:
-        """Tell our displays what becomes known while the run is on."""
-        if isinstance(self.display, _Board):
-            self.display.total, self.display.counts["skipped"] = self._total(), self._counts["skipped"]
-
-    def _start_threads(self) -> None:
-        for number in range(self._workers):
-            if not self._start_worker():
-                logger.warning("only %d of %d workers start", number, self._workers)
-                break
-        self._check_faults()
-        if any(stage.retries or stage.timeout for stage in self._stages):
-            self._timer.start()
-
-    def _start_worker(self) -> bool:
-        thread = threading.Thread(target=self._work_on, name="pipeloom-worker", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:  # the system has no thread left
-            if not self._threads:
-                self._fault = error
-            return False
-        self._threads.append(thread)
-        return True
-
-    def _check_faults(self, ended: bool = False) -> None:
-        writer = self.writer
-        if not ended and not writer.is_alive() and writer.error is None:  # a subclass whose run() has ended
-            what = f"{type(writer).__name__}.run() has ended before the run"
-            writer.error = WriterFailed(writer.db_path, what, "override handle() instead")
-            self.channel.fail(writer.error)
-        fault = writer.error or self._fault
-        if fault is not None:
-            raise fault
-
-    # Which id a task has: its own, that of its name in earlier runs, or the next one
-
-    def _register(self, stage: _Stage, items: Sequence[Any]) -> None:
-        """Tasks that are known are `queued` rows at once; which of them are to run, and as what, is kept."""
-        ids, chosen = array("q"), bytearray()
-        queued: list[tuple[int, str]] = []
-        for _, id, name, status in self._identified(stage, items):
-            if self.stopping:
-                break
-            chosen.append(status != DONE)
-            if status == DONE:
-                self._skip(name)
-                self._known -= 1
-                continue
-            ids.append(id)
-            queued.append((id, name))
-            if len(queued) >= 10_000:
-                self.channel.put(None, partial(self.writer.enqueue, queued), len(queued))
-                queued = []
-        if queued:
-            self.channel.put(None, partial(self.writer.enqueue, queued), len(queued))
-        stage.registered = len(ids)
-        stage.upcoming = (
-            (item, id, self._named(stage, item, position)[1], None)
-            for id, (position, item) in zip(ids, compress(enumerate(items, 1), chosen))
-        )
-
-    def _identified(self, stage: _Stage, items: Iterable[Any]) -> Iterator[tuple[Any, int, str, str | None]]:
-        """Each item with its id, its name and, where that matters, its status in earlier runs."""
-        iterator = self._interruptibly(iter, items)
-        for position in count(1):
-            self._pulling = True  # as in _interruptibly, without a call for each item
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._pulling = False
-            given, name = self._named(stage, item, position)
-            if stage.name:
-                self._check_name(name)
-            id, status = self._of_name(name) if given is None else self._of_id(_task_id(given), name)
-            yield item, id, name, status
-
-    def _check_name(self, name: str) -> None:
-        """No two tasks of a pipeline have the same name: of the last thousand at once, of all in a while."""
-        if name in self._recent:
-            raise _same_name(name)
-        self._recent.add(name)
-        if len(self._recent) == 500:  # as many as every SQLite takes in one statement
-            self._compare_names()
-
-    def _compare_names(self) -> None:
-        """Compare the recent names with all before them. There may be millions, which no set should hold."""
-        if not self._recent:
-            return
-        names, self._recent = sorted(self._recent), set()
-        marks = ", ".join("?" * len(names))
-        try:
-            if self._names is None:
-                self._names = sqlite3.connect("", isolation_level=None)  # on disk, once it is large
-                self._names.execute("PRAGMA journal_mode=OFF")
-                self._names.execute("CREATE TABLE names(name TEXT PRIMARY KEY) WITHOUT ROWID")
-            known = self._names.execute(f"SELECT name FROM names WHERE name IN ({marks})", names).fetchall()
-            if not known:
-                self._names.execute(f"INSERT INTO names VALUES {marks.replace('?', '(?)')}", names)
-        except (sqlite3.OperationalError, MemoryError) as error:  # a full temporary directory ends no run
-            logger.debug("some names of tasks are not compared: %s", error)
-            return
-        if known:
-            raise _same_name(known[0][0])
-
-    def _interruptibly(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Call what is the user's code: a signal may end it."""
-        try:
-            self._pulling = True
-            return call(*args)
-        finally:
-            self._pulling = False
-
-    def _named(self, stage: _Stage, item: Any, position: int) -> tuple[Any, str]:
-        given, name = stage.identify(item, position)
-        return given, _text(name) if name else f"task-{position if given is None else given}"
-
-    def _of_name(self, name: str) -> tuple[int, str | None]:
-        if self._old > -(2**63):
-            after = self._twins.get(name, -(2**63))
-            for id, status in self._read(FIND_NAME, (name, after, self._old)):
-                if self._take_old(id):
-                    return id, status if self.settings.resume else None
-                self._twins[name] = id
-        self._next_id += 1
-        return self._next_id - 1, None
-
-    def _of_id(self, id: int, name: str) -> tuple[int, str | None]:
-        old = id <= self._old
-        if (
-            id in self._live
-            or (old and not self._take_old(id))
-            or (not old and id < self._next_id and self._has_run(id))
-        ):
-            raise UsageError(
-                f"task_id {id} of task {name!r} is another task's in this run; give each its own"
-            )
-        self._next_id = max(self._next_id, id + 1)
-        found = self._read(FIND_ID, (id,)) if old and self.settings.resume else ()
-        return id, found[0][1] if found else None
-
-    def _take_old(self, id: int) -> bool:
-        """Whether an id of earlier runs is still free in this one; it then is not any more."""
-        page, bit = id >> 10, 1 << (id & 1023)
-        bits = self._taken.get(page, 0)
-        self._taken[page] = bits | bit
-        return not bits & bit
-
-    def _has_run(self, id: int) -> bool:
-        """Whether a task of this run has had this id; asked only where ids do not rise."""
-        return any(run_id == self.writer.run_id for _, _, run_id in self._read(FIND_ID, (id,)))
-
-    def _read(self, sql: str, parameters: tuple[Any, ...]) -> list[Any]:
-        """Ask what is committed. In slices, as a lock that is waited for in C holds up signals."""
-        if not self.writer.store or self.writer.db_path == ":memory:":
-            return []
-        if self._reader is None:
-            self._reader = _connect_readonly(self.writer.path, timeout=POLL)
-        began = time.monotonic()
-        while True:
-            try:
-                return self._reader.execute(sql, parameters).fetchall()
-            except sqlite3.DatabaseError as error:
-                waited = time.monotonic() - began
-                if not _is_lock(error):
-                    cure = "restore it or use another file"
-                    raise DatabaseError(self.writer.db_path, f"cannot be read: {error}", cure) from error
-                if self._signals or waited > self.settings.busy_timeout:
-                    raise self.writer.out_of_patience(error, waited) from error
-
-    # Pulling
-
-    def _pull_all(self) -> None:
-        missing: UsageError | None = None
-        filled = False
-        while True:
-            self._heed_signals()
-            self._check_faults()
-            if self.stopping:
-                self._cancel_ready()
-            elif self._sources and len(self._ready) < self._room and len(self._live) < self._most_live:
-                if filled and not self._ready:  # tasks so short that a larger stock saves much waking up
-                    self._room = min(2 * self._room, 1_024)
-                self._pull_some()
-                filled = len(self._ready) >= self._room
-                continue
-            with self._lock:
-                if not self._live and (self.stopping or not self._stages_left):
-                    break
-                if not self._live and not self._sources:
-                    missing = self._give_up_waiting() or missing
-                elif not self._stirred:
-                    self._wake.wait(POLL)
-                self._stirred = False
-        if missing and not self.stopping:
-            raise missing
-
-    def _pull_some(self) -> None:
-        """Fill `_ready` from the next stage; without more tasks, that may have ended."""
-        stage = self._sources[0]
-        try:
-            upcoming = stage.upcoming or self._open(stage)
-            while len(self._ready) < self._room and len(self._live) < self._most_live and not self.stopping:
-                pulled = next(upcoming, None)
-                if pulled is None:
-                    return self._exhaust(stage)
-                item, id, name, status = pulled
-                if status == DONE:
-                    self._skip(name)
-                else:
-                    self._submit(stage, item, id, name)
-            if stage.registered is None:
-                self._sources.rotate(-1)  # each in its turn
-        except _Interrupted:
-            return None
-        except Exception as error:
-            if stage.name:
-                self.stopping = f"the run ended: each= of {stage.name!r} gave {_describe(error)}"
-            raise
-
-    def _open(self, stage: _Stage) -> Iterator[tuple[Any, int, str, str | None]]:
-        """Get at the items of a stage that is not registered yet."""
-        items = stage.source
-        if stage.doomed:  # nobody can say what they would have been; one row stands for them all
-            items = [None]
-            stage.identify = lambda _, __: (None, stage.name)
-        else:
-            self._forget_stand_in(stage)
-            if callable(items):
-                items = self._interruptibly(items)
-        if not hasattr(items, "__iter__") or _is_path(items):
-            raise UsageTypeError(
-                f"each= of task {stage.name!r} gives {items!r}; expected an iterable of items"
-            )
-        if isinstance(items, Sequence):
-            self._unknown -= 1
-            self._known += len(items)
-            self._register(stage, items)
-            self._show_counts()
-        else:
-            stage.upcoming = self._identified(stage, items)
-        assert stage.upcoming is not None
-        return stage.upcoming
-
-    def _forget_stand_in(self, stage: _Stage) -> None:
-        """An earlier run may have stored one row for all the tasks of a stage that it could not open."""
-        if self._old > -(2**63) and stage.name and not stage.lone:
-            self.channel.put(None, partial(self.writer.forget, stage.name))
-
-    def _skip(self, name: str) -> None:
-        """A task that an earlier run has done."""
-        self._counts["skipped"] += 1
-        self._show_counts()
-        if name in self._waiters:
-            with self._lock:
-                self._resolve(name)
-
-    def _submit(self, stage: _Stage, item: Any, id: int, name: str) -> None:
-        ctx = TaskContext(self, stage, item, id, name)
-        stage.submitted += 1
-        self._live[id] = ctx
-        if stage.doomed:
-            self._cancel(ctx, stage.doomed)
-        else:
-            self._hand_out(ctx)
-
-    def _hand_out(self, ctx: TaskContext) -> None:
-        self._ready.append(ctx)
-        if self._idle:  # a worker counts itself in before it looks, so that none is missed
-            with self._lock:
-                self._work.notify()
-
-    def _exhaust(self, stage: _Stage) -> None:
-        self._sources.remove(stage)
-        self._compare_names()  # before what comes after it may start
-        if stage.registered is None:
-            self._unknown -= 1
-            self._known += stage.submitted
-            self._show_counts()
-        with self._lock:
-            stage.exhausted = True
-            if stage.submitted == stage.settled:
-                self._end(stage)
-
-    # What comes after what. All of it with the lock held, by the calling thread or the writer's
-
-    def _begin(self, stage: _Stage) -> bool:
-        """Nothing is before this stage any more; returns whether it has ended at once."""
-        if not stage.lone or stage.upcoming is None:
-            if stage.upcoming is None:
-                self._sources.append(stage)
-            else:
-                self._sources.appendleft(stage)  # what is known cannot block, so it comes first
-            self._stir()
-            return False
-        for item, id, name, _ in stage.upcoming:
-            if self.stopping:
-                return False
-            self._submit(stage, item, id, name)
-        stage.exhausted = True
-        return not stage.submitted
-
-    def _end(self, stage: _Stage) -> None:
-        """All tasks of this stage are settled: let go what waited for that, and so on."""
-        ended = [stage]
-        for stage in ended:
-            self._stages_left -= 1
-            ended += [f for f in stage.followers if self._let_go(f, stage.spoiled)]
-
-    def _let_go(self, stage: _Stage, reason: str) -> bool:
-        """One of the things that this stage waits for has ended, badly if there is a reason."""
-        if reason and not stage.doomed:
-            stage.doomed, stage.spoiled = (
-                f"not started: {reason}",
-                reason,
-            )  # the first cause, all the way down
-        stage.waits -= 1
-        return not stage.waits and self._begin(stage)
-
-    def _resolve(self, name: str, reason: str = "") -> None:
-        """The task of this name is settled, badly if there is a reason."""
-        for stage in self._waiters.pop(name, ()):
-            if self._let_go(stage, reason):
-                self._end(stage)
-
-    def _give_up_waiting(self) -> UsageError | None:
-        """Nothing is left that could run, but some stages wait for tasks that have not come in this run."""
-        stages = {stage.name: stage for stage in self._stages}
-        doomed = any(stage.doomed for stage in self._stages)
-        missing = None
-        makers = {name: stages.get(name.partition("[")[0]) for name in sorted(self._waiters)}
-        ended = [name for name, maker in makers.items() if maker is not None and not maker.waits]
-        for name in ended or makers:  # what waits for these may make the others', or be why they never come
-            waiting, maker = self._waiters.get(name), makers[name]
-            if not waiting:
-                continue
-            if self.settings.resume and DONE in [
-                row[1] for row in self._read(FIND_NAME, (name, -(2**63), self._old))
-            ]:
-                self._resolve(name)  # its item is gone, and was done before
-            elif maker.doomed if maker else doomed:
-                self._resolve(name, maker.spoiled if maker else f"there was no task {name!r}")
-            else:
-                missing = missing or UsageError(
-                    f"after={name!r} of task {waiting[0].name!r}: no task of that name has come; "
-                    "mend the name, or name the function whose tasks it comes after"
-                )
-                self._resolve(name, f"there was no task {name!r}")
-        return missing
-
-    def _cancel_ready(self) -> None:
-        """Cancel what waits for a worker or for its retry."""
-        while self._ready:
-            try:
-                ctx = self._ready.popleft()
-            except IndexError:  # a worker was faster; it will cancel it
-                return
-            self._cancel(ctx, self.stopping or "")
-        with self._lock:
-            later, self._later = self._later, []
-        for _, _, ctx, message in later:
-            self._cancel(ctx, f"{self.stopping}; {message}")
-
-    def _cancel(self, ctx: TaskContext, reason: str) -> None:
-        ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, reason), wait=False)
-
-    # Workers
-
-    def _work_on(self) -> None:
-        while True:
-            ctx = self._take()
-            if ctx is None:
-                return
-            try:
-                self._attempt(ctx)
-            except WriterFailed:
-                return
-            if ctx.abandoned:
-                return
-
-    def _take(self) -> TaskContext | None:
-        """The next ready task, waiting for one; None when there will be none."""
-        try:
-            ctx = self._ready.popleft()
-        except IndexError:
-            with self._lock:
-                self._idle += 1
-                self._stir()
-                try:
-                    return self._wait_for_work()
-                finally:
-                    self._idle -= 1
-        if len(self._ready) == self._room // 2:
-            with self._lock:
-                self._stir()
-        return ctx
-
-    def _wait_for_work(self) -> TaskContext | None:
-        while True:
-            try:
-                return self._ready.popleft()
-            except IndexError:  # another worker, which takes without the lock, may have been faster
-                if self._dismissed:
-                    return None
-                self._work.wait()  # ended by _hand_out or, however the run ends, by _dismiss
-
-    def _stir(self) -> None:
-        """Wake the calling thread. With the lock held."""
-        self._stirred = True
-        self._wake.notify()
-
-    def _attempt(self, ctx: TaskContext) -> None:
-        if self.stopping:
-            return self._cancel(ctx, self.stopping)
-        ctx.started_at = _now()
-        self.channel.put(ctx, STARTED)
-        try:
-            value = self._call(ctx) if ctx.stage.timeout is None else self._call_in_time(ctx)
-            finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
-            accepted = ctx.closed or ctx.finish(finish)
-        except TaskCancelled as stop:
-            ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _text(stop)))
-        except WriterFailed:
-            raise
-        except BaseException as error:  # SystemExit too: a task's end is not the program's
-            self._fail(ctx, error)
-        else:
-            if not accepted and not ctx.cancelled:
-                logger.debug("task %r was finished twice; the first counts", ctx.name)
-        return None
-
-    def _call(self, ctx: TaskContext) -> object:
-        try:
-            value = ctx.stage.call(ctx)
-            if type(value) is CoroutineType:
-                import asyncio
-
-                ctx.coroutine = value
-                value = asyncio.run(_awaited(ctx, value))
-            return value
-        finally:
-            if os.getpid() != self.pid:
-                _end_child()
-
-    def _call_in_time(self, ctx: TaskContext) -> object:
-        ctx.thread = threading.current_thread()
-        with self._lock:
-            self._timed[ctx] = self.clock() + (ctx.stage.timeout or 0)
-            self._time.notify()
-        try:
-            return self._call(ctx)
-        finally:
-            with self._lock:
-                self._timed.pop(ctx, None)  # the timer may have been first
-
-    def _fail(self, ctx: TaskContext, error: BaseException) -> None:
-        if ctx.closed:
-            level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
-            logger.log(level, "task %r raised after its finish, which counts: %s", ctx.name, _describe(error))
-            return
-        ctx.record(error)
-        ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, _text(_describe(error))))
-
-    def sleep(self, ctx: TaskContext, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        with self._sleepers:
-            while ctx.reason is None and (left := end - time.monotonic()) > 0:
-                self._sleepers.wait(min(left, threading.TIMEOUT_MAX))
-
-    def wake_sleepers(self) -> None:
-        with self._sleepers:
-            self._sleepers.notify_all()
-
-    # The timer
-
-    def _keep_time(self) -> None:
-        try:
-            with self._lock:
-                while not self._dismissed:
-                    now = self.clock()
-                    due = self._tick(now)
-                    self._time.wait(None if due is None else min(due - now, threading.TIMEOUT_MAX))
-        except BaseException as error:  # for the calling thread, which would wait for ever
-            self._fault = error
-
-    def _tick(self, now: float) -> float | None:
-        """Do what is due; returns when the next thing is. With the lock held."""
-        while self._later and self._later[0][0] <= now:
-            self._hand_out(heappop(self._later)[2])
-        for ctx in [ctx for ctx, deadline in self._timed.items() if deadline <= now]:
-            self._time_out(ctx)
-        moments = [*self._timed.values(), *(later[0] for later in self._later[:1])]
-        return min(moments, default=None)
-
-    def _time_out(self, ctx: TaskContext) -> None:
-        """End an attempt whose thread cannot be ended: it is cut off, and another takes its place."""
-        del self._timed[ctx]
-        text = f"timed out after {ctx.stage.timeout:g} s"
-        if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
-            logger.warning("task %r has ended, but its function goes on: it %s", ctx.name, text)
-        else:
-            ctx.error, ctx.traceback = TimeoutError(text), _stack_of(ctx)
-            ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, text), wait=False)
-        ctx.abandoned = True
-        ctx.cancel(text)
-        self._threads = [
-            thread for thread in self._threads if thread is not ctx.thread
-        ]  # nobody waits for it
-        if not self._start_worker():
-            left = len(self._threads)
-            logger.warning(
-                "no thread starts in place of the one of task %r; %d workers are left", ctx.name, left
-            )
-
-    # The writer
-
-    def settle(self, settled: list[tuple[TaskContext, str, str]]) -> None:
-        """These attempts are committed. Called by the writer after each commit."""
-        with self._lock:
-            for ctx, status, message in settled:
-                if status == QUEUED:
-                    self._retry(ctx, message)
-                    continue
-                self._live.pop(ctx.task_id, None)
-                self._counts[status] += 1
-                stage = ctx.stage
-                stage.settled += 1
-                if status == ERROR:
-                    self._note_failure(ctx, message)
-                trouble = "" if status == DONE else f"{ctx.name!r} {TROUBLES[status]}"
-                stage.spoiled = stage.spoiled or trouble
-                if ctx.name in self._waiters:
-                    self._resolve(ctx.name, trouble)
-                if stage.exhausted and stage.submitted == stage.settled:
-                    self._end(stage)
-            self._stir()
-
-    def _retry(self, ctx: TaskContext, message: str) -> None:
-        from random import uniform
-
-        again = TaskContext(self, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
-        again.traceback = ctx.traceback
-        self._live[ctx.task_id] = again
-        first = ctx.stage.retry_delay
-        delay = min(first * 2.0 ** min(ctx.attempt - 1, 100), max(first, LONGEST_DELAY)) * uniform(1, 1.25)
-        logger.info("task %r: %s; again in %.1f s", ctx.name, message, delay)
-        heappush(self._later, (self.clock() + delay, id(again), again, message))
-        self._time.notify()
-
-    def _note_failure(self, ctx: TaskContext, message: str) -> None:
-        cause = _cause(ctx.error, message)
-        if cause not in self.causes and len(self.causes) >= FAILURES_KEPT:
-            cause = "other causes"
-        if len(self.failures) < FAILURES_KEPT or cause not in self.causes:
-            self.failures.append(Failure(ctx.name, message, ctx.traceback, cause))
-        self.causes[cause] = self.causes.get(cause, 0) + 1
-        if ctx.error is not None:
-            self.unreported += 1
-            self.first_error = self.first_error or ctx.error
-        if self.settings.fail_fast and not self.stopping:
-            self.stopping = f"not started: fail_fast, and {ctx.name!r} failed"
-
-    # The end
-
-    def _wind_up(self, failure: BaseException | None) -> BaseException | None:
-        """Steps 3 to 5 of execute(), whatever happened before; returns what the run ends with."""
-        try:
-            if failure is not None and self.writer.error is None and self.writer.opened.is_set():
-                self._drain()
-        except BaseException as error:  # the writer has failed meanwhile, most likely
-            failure = failure or error
-        try:
-            self._dismiss()
-            for conn in (self._reader, self._names):
-                if conn is not None:
-                    conn.close()  # before the writer's last checkpoint, which then leaves no side files
-            if self.writer.ident is not None:
-                self._end_writer(failure)
-        except BaseException as error:
-            failure = failure or error
-        finally:
-            self.channel.close()
-            try:
-                if self._shown:
-                    self.display.stop(self.result())
-            except BaseException as error:
-                logger.warning("the progress display failed at its end: %s", _describe(error))
-        return failure
-
-    def _drain(self) -> None:
-        """After a failure of the iterator, or of the caller: let what runs finish, all of it stored."""
-        while self._live and self.writer.error is None:
-            self._cancel_ready()
-            self._heed_signals()
-            with self._lock:
-                self._wake.wait(POLL)
-
-    def _dismiss(self) -> None:
-        with self._lock:
-            self._dismissed = True
-            self._work.notify_all()
-            self._time.notify()
-        if self.writer.error is not None:
-            for ctx in list(self._live.values()):
-                ctx.cancel("the writer failed")
-        until = time.monotonic() + (0.5 if self._left else GRACE)
-        for thread in [*self._threads, *[self._timer] * (self._timer.ident is not None)]:
-            thread.join(max(until - time.monotonic(), 0))
-
-    def _end_writer(self, failure: BaseException | None) -> None:
-        counts = self._counts
-        clean = failure is None and not self.stopping and not counts[ERROR]
-        status = DONE if clean else CANCELLED if self._signals else ERROR
-        unsubmitted = sum((stage.registered or stage.submitted) - stage.submitted for stage in self._stages)
-        counts[CANCELLED] += unsubmitted
-        reason = (self.stopping or "never started") if unsubmitted or failure else ""
-        if self.writer.error is None:
-            ended = partial(self.writer.end_run, status, reason, tuple(counts.values()))
-            self.channel.put(None, ended, wait=False)
-        self.channel.close()
-        while self.writer.is_alive():
-            threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
-            self._heed_signals()
-        self._check_faults(ended=True)
-
-    def result(self) -> RunResult:
-        elapsed = time.monotonic() - self.began
-        done, error, cancelled, skipped = self._counts.values()
-        failures, causes = list(self.failures), dict(self.causes)
-        return RunResult(self.writer.run_id, done, error, cancelled, skipped, elapsed, failures, causes)
-
-    # Signals. The handler only sets attributes; the calling thread polls them.
-
-    def _take_signals(self) -> dict[int, Any]:
-        """Install the handler where this thread may; returns the handlers before."""
-        previous: dict[int, Any] = {}
+    def __init__(self, stop: Callable[[str], None]) -> None:
+        self._stop = stop
+        self._came: list[tuple[int, float]] = []
+        self._previous: dict[int, Any] = {}
+        self.pulling = False  # the calling thread is inside the user's iterator, which a signal ends
+
+    def install(self) -> None:
+        """Take the signals, where this thread may: not what nohup, or C code, has set."""
         if threading.current_thread() is not threading.main_thread():
-            return previous
+            return
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows lacks SIGHUP
-            if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
-                previous[number] = signal.signal(number, self._on_signal)  # not what nohup, or C code, set
-        return previous
+            number: Any = getattr(signal, name, None)  # Windows lacks SIGHUP
+            previous = number and signal.getsignal(number)
+            if previous not in (None, signal.SIG_IGN):
+                self._previous[number] = previous  # first: a stray exception may come
+                with suppress(ValueError):  # in a subinterpreter, as mod_wsgi's
+                    signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        self._signals.append(number)
-        self.stopping = self.stopping or "interrupted"
-        self.writer.hurried = len(self._signals) > 2
-        if len(self._signals) > 2:
-            signal.signal(number, signal.SIG_DFL)  # should all that be in vain, the next one ends the process
-        if self._pulling:
-            raise _Interrupted
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            with suppress(ValueError):
+                signal.signal(number, handler)
 
-    def _heed_signals(self) -> None:
-        now = time.monotonic()
-        if len(self._signals) > self._heeded:
-            self._heeded = len(self._signals)
-            name = signal.Signals(self._signals[-1]).name
-            if self._heeded == 1:
-                running = len(self._threads) - self._idle
-                logger.warning(
-                    "%s: nothing new starts; %d running tasks finish (again: leave now)", name, running
-                )
-                self._leave_at = now + GRACE if name != "SIGINT" else None
-            else:
-                self._leave_at = now
-        if self._leave_at is not None and now >= self._leave_at:
-            self._leave_at = now + 2
-            self.writer.hurried |= self._left  # it has had two seconds to store what finished
-            self._leave()
+    def urgency(self) -> int:
+        """0 none; 1 nothing new starts; 2 leave what runs; 3 wait for no lock and no disk, either."""
+        if not self._came:
+            return 0
+        now, (number, first) = time.monotonic(), self._came[0]
+        leave = first + GRACE if number != signal.SIGINT else now + 1
+        if len(self._came) > 1:
+            leave = self._came[1][1]
+        if now < leave:
+            return 1
+        return 3 if len(self._came) > 2 or now > leave + 2 else 2
 
-    def _leave(self) -> None:
-        """Cancel what runs; whoever sends something from now on is told."""
-        self._left = True
-        with self._lock:
-            live = list(self._live.values())
-        for ctx in live:
-            ctx.cancel("interrupted")
-            ctx.abandoned = True
-            self._cancel(ctx, "interrupted")
+    def name(self) -> str:
+        return signal.Signals(self._came[-1][0]).name
 
-    def _deliver(self, result: RunResult) -> None:
+    def deliver(self, result: RunResult) -> None:
         """Hand the signal to those who handled it before; a caller never sees a normal return."""
         try:
-            signal.raise_signal(self._signals[0])
+            signal.raise_signal(self._came[0][0])
             raise KeyboardInterrupt
         except KeyboardInterrupt as interrupt:
             interrupt.result = result  # type: ignore[attr-defined]
             raise
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self._came.append((number, time.monotonic()))
+        self._stop("interrupted")
+        if len(self._came) > 2:
+            signal.signal(number, signal.SIG_DFL)  # should all that be in vain, the next one ends the process
+        if self.pulling:
+            raise _Interrupted
+
+
+class _Tally:
+    """What the RunResult will say. The graph's lock guards it."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.counts = dict.fromkeys((*FINAL, "skipped"), 0)
+        self.failures: list[Failure] = []
+        self.causes: dict[str, int] = {}
+        self.first_error: BaseException | None = None  # that a worker let escape
+        self.failure: BaseException | None = None  # that ended the run
+
+    def failed(self, ctx: _Attempt, message: str) -> None:
+        cause = ctx.trouble.cause or message
+        if cause not in self.causes and len(self.causes) >= FAILURES_KEPT:
+            cause = "other causes"
+        if len(self.failures) < FAILURES_KEPT or cause not in self.causes:
+            self.failures.append(Failure(ctx.name, message, ctx.trouble.traceback, cause))
+        self.causes[cause] = self.causes.get(cause, 0) + 1
+        self.first_error = self.first_error or ctx.trouble.error
+
+    def result(self, run_id: int | None, unpulled: int) -> RunResult:
+        done, error, cancelled, skipped = self.counts.values()
+        elapsed, failures, causes = time.monotonic() - self.began, list(self.failures), dict(self.causes)
+        return RunResult(run_id, done, error, cancelled + unpulled, skipped, elapsed, failures, causes)
+
+
+class _Intake:
+    """Where tasks come from: pulls them from the users' iterables, and says which of them run.
+
+    For the calling thread; _begin(), with the graph's lock held, is for the writer's, too.
+    """
+
+    def __init__(self, run: _Run, roster: _Roster) -> None:
+        self._run, self._crew, self._graph, self._roster = run, run.crew, run.graph, roster
+        self.sources: deque[_Stage] = deque()  # stages whose items may be pulled
+        self._filled = False  # there was no more room when pulling ended last
+        for stage in self._graph.stages:
+            if stage.lone:
+                stage.known = roster.find(None, stage.name)
+        self._graph.begin = self._begin
+
+    def has_work(self) -> bool:
+        return bool(self.sources) and self._crew.has_room()
+
+    def pull(self) -> None:
+        """Submit tasks of the next stage while there is room."""
+        if self._filled and not self._crew.ready.qsize():  # so short that a larger stock saves much waking up
+            self._crew.room = min(2 * self._crew.room, 1_024)
+        with self._graph.lock:
+            stage = min(self.sources, key=lambda stage: stage.size is None)  # what is known cannot block
+        try:
+            self._pull_from(stage)
+        except _Interrupted:
+            return
+        except BaseException as error:
+            self._run.fail(error, f"each= of {stage.name!r} gave " if stage.name else "")
+        self._filled = not self._crew.has_room()
+
+    def _pull_from(self, stage: _Stage) -> None:
+        items, signals = stage.items or self._open(stage), self._run.signals
+        while self._crew.has_room() and not self._run.stopping:
+            signals.pulling = True  # what a signal then raises ends next() only
+            try:
+                item = next(items, _END)
+            finally:
+                signals.pulling = False
+            if item is _END:
+                return self._exhaust(stage)
+            stage.pulled += 1
+            given, name = (None, stage.name) if stage.lone else stage.declared.identify(item, stage.pulled)
+            self._admit(stage, item, name, *self._roster.find(given, name))
+        self.sources.remove(stage)
+        self.sources.append(stage)  # each in its turn
+        return None
+
+    def _open(self, stage: _Stage) -> Iterator[Any]:
+        if stage.place.doomed:  # nobody can say what its items would have been; one row stands for them all
+            stage.lone, stage.size, stage.items = True, 1, iter([None])
+            return stage.items
+        if self._roster.old > NEVER and stage.name:  # an earlier run may have stored that row
+            self._run.channel.put(None, MsgExecute(FORGET, (stage.name,)), wait=False)
+        try:
+            self._run.signals.pulling = True
+            items = stage.declared.items()
+            stage.size = len(items) if isinstance(items, Sequence) else None
+            stage.items = iter(items)
+        finally:
+            self._run.signals.pulling = False
+        self._run.show_counts()
+        return stage.items
+
+    def _exhaust(self, stage: _Stage) -> None:
+        self.sources.remove(stage)
+        if stage.size is None:
+            stage.size = stage.pulled
+            self._run.show_counts()
+        with self._graph.lock:
+            stage.exhausted = True
+            self._graph.stirred(stage)
+
+    def _begin(self, stage: _Stage) -> None:
+        """Nothing is before this stage any more. With the lock held."""
+        if self._run.stopping:
+            return
+        if stage.known is None:
+            self.sources.append(stage)
+        else:  # at once, as the calling thread may be held up by an iterator
+            stage.pulled, stage.exhausted = 1, True
+            self._admit(stage, None, stage.name, *stage.known)
+        self._run.wake.ring()
+
+    def _admit(self, stage: _Stage, item: Any, name: str, id: int, done_in: int | None) -> None:
+        """A task has come: it runs, unless it is done and nothing that it comes after has run since."""
+        place = stage.place
+        if done_in is not None and done_in >= place.older and not place.doomed:
+            place.newest = max(place.newest, done_in)
+            with self._graph.lock:
+                self._run.tally.counts["skipped"] += 1
+            self._run.show_counts()
+            return
+        stage.submitted += 1
+        self._crew.submit(_Attempt(self._run, stage, item, id, name), place.doomed)
+
+
+_END = object()
+
+
+class _Ends:
+    """What a run has begun and must end, in the reverse order. For the calling thread."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, step: Callable[[], object]) -> None:
+        """To be said before the thing is begun; the step may come twice, or find nothing to end."""
+        self._steps.append(step)
+
+    def take(self, note: Callable[[BaseException], object]) -> None:
+        """A step that a stray exception has cut short is taken again."""
+        for _ in range(100):  # and no more, if they never cease
+            try:
+                while self._steps:
+                    self._steps[-1]()
+                    self._steps.pop()
+                return
+            except BaseException as error:
+                note(error)
+
+
+class _Run:
+    """One run, from the first task to the last commit: makes the rooms, pulls tasks, and ends all in order.
+
+    For the calling thread, which waits for `wake`, POLL seconds at most, as it polls for signals besides.
+    settle() and ending() are the writer's; stop() may be called in any thread, and by a signal handler.
+    """
+
+    intake: _Intake | None = None  # until the database is open
+
+    def __init__(
+        self, after: Mapping[_Declared, list[_Declared]], db_path: str, options: Mapping[str, Any]
+    ) -> None:
+        _check_options("a run", options)
+        self.options = o = {**{name: option[0] for name, option in OPTIONS.items()}, **options}
+        self.stopping: str | None = None  # why nothing new starts
+        self.wake = _Bell()
+        self.channel, self.tally, self.ends = Channel(), _Tally(), _Ends()
+        self.signals = _Signals(self.stop)
+        self.watch = _Watch(o["progress"])
+        chosen = {name: o[name] for name in WRITER_OPTIONS}
+        self.writer = SQLiteWriter(db_path, self.channel, run=self, **chosen)
+        path, kinds = self.writer.store.path, self.writer.kinds
+        self.graph = _Graph({declared: _Stage(declared, o, path, kinds) for declared in after}, after)
+        total, size = self.graph.total(), o["workers"] or os.cpu_count() or 1
+        self.crew = _Crew(self, size if total is None else max(1, min(size, total)))  # no more than tasks
+
+    def stop(self, reason: str) -> None:
+        """Have nothing new start."""
+        self.stopping = self.stopping or reason
+        self.wake.ring()
+
+    def fail(self, error: BaseException, what: str = "") -> None:
+        """This ends the run; the first counts."""
+        self.tally.failure = self.tally.failure or error
+        self.stop(f"the run ended: {what}{_describe(error)}")
+
+    def execute(self) -> RunResult:
+        """Run all tasks. However it ends, what was accepted is stored and the process is as it was."""
+        try:
+            try:
+                self._work()
+            except BaseException as error:
+                self.fail(error)
+            finally:
+                self.ends.take(self.fail)
+        finally:  # again, as a stray exception may have come between the two; mostly there is nothing left
+            self.ends.take(self.fail)
+        failure, result = self.tally.failure or self.writer.error, self.result()
+        if self.signals.urgency():
+            if isinstance(failure, PipeloomError):
+                logger.error("%s", failure)
+            self.signals.deliver(result)
+        if failure is not None:
+            raise failure
+        if self.options["check"] and self.tally.first_error is not None:
+            raise PipelineError(result) from self.tally.first_error
+        return result
+
+    def show_counts(self) -> None:
+        """Tell our displays, and the database, what becomes known while the run is on."""
+        total, run_id = self.graph.total(), self.writer.status.run_id
+        if self.watch.tell_counts(total, self.tally.counts["skipped"]) and run_id is not None:
+            self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
+
+    def result(self) -> RunResult:
+        return self.tally.result(self.writer.status.run_id, self.graph.unpulled() if self.intake else 0)
+
+    def _work(self) -> None:
+        """Each step says first how it will be ended."""
+        shown = self.writer.store.shown
+        _check_database(shown, self.options["store_task_status"])
+        lock = _RunLock(shown)
+        self.ends.add(lock.release)
+        if lock.path:
+            self.writer.store.files[lock.path] = os.stat(lock.path)
+        self.ends.add(self.signals.restore)
+        self.signals.install()
+        self.ends.add(lambda: self.watch.stop(self.result()))
+        self.ends.add(self._end_writer)
+        _start(self.writer)
+        while not self.writer.opened:  # it opens, or fails, within busy_timeout
+            self._check()
+            self.wake.wait(POLL)
+        if shown == ":memory:":
+            told = "the database is :memory:, so that nothing is left of it after the run"
+            self.watch.tell(logging.WARNING, told)
+        self.watch.tell(logging.INFO, "database %r is open; %d workers start", shown, self.crew.size)
+        ids = dict(chain.from_iterable(stage.declared.ids.items() for stage in self.graph.stages))
+        roster = _Roster(self.writer, self.options["resume"], ids, self._is_out_of_patience)
+        self.ends.add(roster.close)  # before the writer's last checkpoint, which then leaves no side files
+        intake = self.intake = _Intake(self, roster)
+        if self.watch.start(self.graph.total()):
+            self.writer.display = self.watch.display
+        self.ends.add(self._dismiss)
+        with self.graph.lock:
+            self.graph.start()
+        self.crew.start()
+        self._pull_all(intake)
+
+    def _is_out_of_patience(self, waited: float) -> bool:
+        return self.signals.urgency() > 0 or waited > self.options["busy_timeout"]
+
+    def _check(self) -> None:
+        if self.writer.error is not None:
+            raise self.writer.error
+        self.crew.check()
+
+    def _pull_all(self, intake: _Intake) -> None:
+        """Until all has ended, or something has stopped the run and what was running has ended."""
+        heeded = 0
+        while True:
+            heeded = self._heed(heeded)
+            self._check()
+            if self.stopping:
+                self.crew.cancel_unstarted(self.stopping)
+            elif intake.has_work():
+                intake.pull()
+                continue
+            with self.graph.lock:  # so that settle() is not half through
+                if not self.crew.live and (self.stopping or not intake.sources):
+                    return
+            self.wake.wait(POLL)
+
+    # The writer's thread
+
+    def settle(self, ended: list[tuple[_Attempt, str, str]]) -> None:
+        """These attempts have ended, and that is committed."""
+        with self.graph.lock:
+            for ctx, status, message in ended:
+                if status == QUEUED:
+                    delay = self.crew.retry(ctx, message)
+                    self.watch.tell(logging.INFO, "task %r: %s; again in %.1f s", ctx.name, message, delay)
+                    continue
+                stage = ctx.stage
+                self.crew.live.pop(ctx.task_id, None)
+                self.tally.counts[status] += 1
+                stage.settled += 1
+                if status != DONE:
+                    self._note_trouble(ctx, status, message)
+                if stage.exhausted:
+                    self.graph.stirred(stage)
+        self.wake.ring()
+
+    def _note_trouble(self, ctx: _Attempt, status: str, message: str) -> None:
+        how = "failed" if status == ERROR else "was cancelled"
+        place = ctx.stage.place
+        place.spoiled = place.spoiled or f"{ctx.name!r} {how}"
+        if status == ERROR:
+            self.tally.failed(ctx, message)
+            if self.options["fail_fast"]:
+                self.stop(f"not started: fail_fast, and {ctx.name!r} failed")
+
+    def ending(self) -> tuple[str, str, Sequence[int]]:
+        """What the writer notes last: the run's status, what became of the tasks without an end, the counts."""
+        result = self.result()
+        status = DONE if not self.stopping and not result.error else ERROR
+        counts = result.done, result.error, result.cancelled, result.skipped
+        return CANCELLED if self.signals.urgency() else status, self.stopping or "", counts
+
+    # The end
+
+    def _heed(self, heeded: int) -> int:
+        """Do what has become urgent since; returns how urgent it is."""
+        urgency = self.signals.urgency()
+        if urgency > heeded == 0:
+            running = sum(ctx.started_at > "" for ctx in list(self.crew.live.values()))
+            what = f"{running} running task{'s' * (running != 1)} will finish first" * (running > 0)
+            told = "%s: nothing new starts%s (again: leave now)"
+            self.watch.tell(logging.WARNING, told, self.signals.name(), what and f"; {what}")
+        if urgency > 1:
+            self.crew.leave("interrupted")
+        return urgency
+
+    def _dismiss(self) -> None:
+        """The workers end. Where the run did not get to its end, what still runs has GRACE to notice that."""
+        if self.crew.live:
+            reason = self.stopping or "the run ended"
+            self.crew.cancel_unstarted(reason)
+            for ctx in list(self.crew.live.values()):
+                ctx.cancel(reason)
+        self.crew.dismiss(self._has_waited)
+        with suppress(WriterFailed):
+            self.crew.leave(self.stopping or "the run ended")
+
+    def _has_waited(self, seconds: float) -> bool:
+        return seconds > (0.5 if self.signals.urgency() > 1 else GRACE)
+
+    def _end_writer(self) -> None:
+        self.channel.close()
+        while self.writer.is_alive():
+            threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
+            with suppress(WriterFailed):
+                self._heed(1)
+
+
+def _delay(first: float, attempt: int) -> float:
+    """Seconds before the next attempt: twice as long each time, up to an hour, and a little random."""
+    from random import uniform
+
+    return min(first * 2.0 ** min(attempt - 1, 100), max(first, LONGEST_DELAY)) * uniform(1, 1.25)
 
 
 def run_pipeline(
@@ -3383,6 +3557,7 @@ def run_pipeline(
     workers become free; (db_path, tasks) is understood as well. The options, and what they are if left out:
 
     workers=None             how many tasks run at once; None is one per CPU, and no more than tasks
+    executor=None            where the functions run: a ProcessPoolExecutor, or any other Executor
     schema=None              an SQL script, run when the database is opened
     handlers=None            {message class: function(connection, message)}, run in the writer
     progress="auto"          or "rich", "ansi", "log", "none", or an object with the methods of Progress
@@ -3397,7 +3572,6 @@ def run_pipeline(
     busy_timeout=300.0       seconds to wait for another process's lock on the database
     durable=False            True makes each commit survive a power loss too
     atomic=True              False stores rows as they come, done or not, for loads too big to be held
-    writer=SQLiteWriter      a subclass of it
 
     Raises UsageError or UsageTypeError before anything is written, WriterFailed if the database fails
     during the run, PipelineError, and whatever the iterable raises, after the running tasks have finished.
@@ -3408,24 +3582,21 @@ def run_pipeline(
     if not _is_path(db_path):
         raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in run_pipeline(tasks, 'jobs.db')")
     if _is_path(tasks) or not hasattr(tasks, "__iter__"):
-        raise UsageTypeError(
-            f"tasks={tasks!r}: expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')"
-        )
+        what = "expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')"
+        raise UsageTypeError(f"tasks={tasks!r}: {what}")
     if not callable(worker_fn):
-        raise UsageTypeError(
-            f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task"
-        )
-    _check_options("run_pipeline", options, _Settings.__dataclass_fields__)
+        what = "expected a function(task, context) that does one task"
+        raise UsageTypeError(f"worker_fn={worker_fn!r}: {what}")
     _check_function("worker_fn", worker_fn, "task", "context")
-    stage = _Stage(lambda ctx: worker_fn(ctx.task, ctx), tasks, _identify)
-    _check_tasks(stage)
-    return _run([stage], os.fsdecode(db_path), options)
+    declared = _Declared("", worker_fn, _call_with_task, tasks)
+    _check_ids(declared)
+    return _run({declared: []}, os.fsdecode(db_path), options)
 
 
-def _run(stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
+def _run(after: dict[_Declared, list[_Declared]], path: str, options: dict[str, Any]) -> RunResult:
     if _Session.current is not None:  # the command line's, whose options win
-        return _Session.current.run(stages, path, options)
-    return _Run(stages, path, _Settings(**options)).execute()
+        return _Session.current.run(after, path, options)
+    return _Run(after, path, options).execute()
 
 
 def _check_function(what: str, function: Any, *arguments: str) -> None:
@@ -3433,9 +3604,8 @@ def _check_function(what: str, function: Any, *arguments: str) -> None:
     from inspect import isasyncgenfunction, isgeneratorfunction, signature
 
     if isgeneratorfunction(function) or isasyncgenfunction(function):
-        raise UsageTypeError(
-            f"{what} is a generator, whose body would never run; use ctx.progress(), not yield"
-        )
+        why = "is a generator, whose body would never run"
+        raise UsageTypeError(f"{what} {why}; use ctx.progress(), not yield")
     try:
         signature(function).bind(*arguments)
     except TypeError as error:
@@ -3448,38 +3618,22 @@ def _is_path(value: object) -> bool:
     return isinstance(value, (str, bytes, os.PathLike))
 
 
-def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise UsageTypeError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-
-
-def _identify(task: Any, _: int) -> tuple[Any, str | None]:
-    """The id and the name that a task has of itself, if any."""
-    if isinstance(task, (str, int, float, os.PathLike)):
-        return None, os.fspath(task) if isinstance(task, os.PathLike) else str(task)
-    if isinstance(task, Mapping):
-        return task.get("task_id"), task.get("name")
-    return getattr(task, "task_id", None), getattr(task, "name", None)
-
-
-def _check_tasks(stage: _Stage) -> None:
-    """Find bad and double ids of known tasks before anything is written."""
-    if not isinstance(stage.source, Sequence):
-        return
-    stage.by_name = False
+def _check_ids(declared: _Declared) -> None:
+    """Find bad and double ids of known tasks before anything is written; the others' ids are above them."""
     seen: dict[int, Any] = {}
-    for task in stage.source if not isinstance(stage.source, range) else ():
-        given, _ = _identify(task, 0)
+    known = isinstance(declared.source, Sequence) and not isinstance(declared.source, range)
+    for task in declared.source if known else ():
+        given, name = _identify(task)
         if given is None:
-            stage.by_name = True
             continue
         id = _task_id(given)
         if id in seen:
-            raise UsageError(f"task_id {id} is that of {seen[id]!r} and of {task!r}; give each its own")
-        seen[id] = task
-    stage.by_name |= isinstance(stage.source, range)
-    stage.highest = max(seen, default=0)
+            raise UsageError(f"task_id {id} is that of tasks {seen[id]!r} and {name!r}; give each its own")
+        seen[id] = name
+    declared.by_name = not known or len(seen) < len(declared.source)
+    if not declared.by_name:  # no name is looked for
+        seen = {max(seen): None} if seen else {}
+    declared.ids = seen
 
 
 # ---- Pipeline: tasks declared as functions, and what comes after what ----------------------------------
@@ -3505,20 +3659,16 @@ class Pipeline:
     def __init__(self, db_path: Any = "./pipeloom.db", **options: Any) -> None:
         if not _is_path(db_path):
             raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in Pipeline('jobs.db')")
+        _check_options("Pipeline", options)
         self.db_path = os.fsdecode(db_path)
-        self._options = self._checked(options)
+        self._options = options
         self._declared: dict[str, _Declared] = {}
         self._handlers: dict[type, Handler] = {}
 
-    @staticmethod
-    def _checked(options: dict[str, Any]) -> dict[str, Any]:
-        _check_options("Pipeline", options, _Settings.__dataclass_fields__)
-        _Settings(**options)
-        return options
-
     def task(
-        self, function: Any = None, *, each: Any = None, name: Any = None, after: Any = (), **options: Any
-    ) -> Any:
+        self, function: Any = None, *, each: Any = None, name: Any = None, after: Any = (),
+        even_if_failed: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
         """Declare a function as a task, or as one for each item; a decorator, which returns the function.
 
         each     an iterable of items, or a function that makes one when the task's turn comes; it is pulled
@@ -3526,24 +3676,28 @@ class Pipeline:
                  as function(ctx, item), without `each` as function(ctx).
         name     a function of the item that makes the task's name, instead of "load[item]"; or a str
                  instead of the function's name. It is by their names that tasks are known in later runs.
-        after    a function of this pipeline, a name of a function or of one of its tasks, or several of
-                 these: it starts when they all are committed as done, and is cancelled if one is not.
+        after    a function of this pipeline or its name, or several: it starts when all their tasks are
+                 committed as done, and is cancelled if one is not. With resume, what is done is done again if
+                 something that it comes after has run since.
+        even_if_failed    it starts when all that it comes after has ended, however that ended.
 
         The options are retries, retry_delay, timeout and atomic. What the function returns is the result.
         """
         if function is None:
-            return lambda function: self.task(function, each=each, name=name, after=after, **options)
-        declared = _declare(function, each, name, after, options)
+            options.update(each=each, name=name, after=after, even_if_failed=even_if_failed)
+            return partial(self.task, **options)
+        declared = _declared(function, each, name)
         if declared.name in self._declared:
-            raise UsageError(
-                f"two tasks are named {declared.name!r}; give one of them another name, as with name="
-            )
+            what = f"two tasks are named {declared.name!r}"
+            raise UsageError(f"{what}; give one of them another name, as with name=")
+        _check_options("a task", options, STAGE_OPTIONS)
+        declared.options, declared.even_if_failed = options, even_if_failed
+        declared.after = list(after) if isinstance(after, (list, tuple, set, frozenset)) else [after]
         self._declared[declared.name] = declared
         return function
 
     def handles(self, kind: type) -> Callable[[Handler], Handler]:
         """Declare a function(connection, message) as the handler of a message class; a decorator."""
-
         if not isinstance(kind, type):
             raise UsageTypeError(f"handles({kind!r}): expected a message class, as in @pipe.handles(Message)")
 
@@ -3555,9 +3709,9 @@ class Pipeline:
 
     def run(self, **options: Any) -> RunResult:
         """Run all tasks; blocks, takes the options of run_pipeline and raises what that raises."""
-        options = {**self._options, **self._checked(options)}
+        options = {**self._options, **options}
         options["handlers"] = {**(options.get("handlers") or {}), **self._handlers}
-        return _run(self._stages(), self.db_path, options)
+        return _run(self._graph(), self.db_path, options)
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
@@ -3568,128 +3722,72 @@ class Pipeline:
         if _Session.current is not None:  # `pipeloom run` has called the function that called this
             self.run()
             sys.exit()  # with the code of that session
-        _exit(lambda: _execute(_pipeline_parser(self), argv))
+        _end_program(lambda: _execute(_pipeline_parser(self), argv))
 
-    def _stages(self) -> list[_Stage]:
+    def _graph(self) -> dict[_Declared, list[_Declared]]:
+        """What each declaration comes after."""
         if not self._declared:
             raise UsageError("the pipeline has no task; declare one with @pipe.task")
-        stages = {name: declared.stage() for name, declared in self._declared.items()}
-        names: dict[Any, list[str]] = {}  # of each function, which may be declared under several
-        for name, declared in self._declared.items():
-            names.setdefault(declared.function, []).append(name)
-        before: dict[str, dict[str, None]] = {}
-        for name, declared in self._declared.items():
-            stage, before[name] = stages[name], {}
+        meant: dict[Any, list[_Declared]] = {}  # by an entry of after=; a function may be there twice
+        for declared in self._declared.values():
+            meant.setdefault(declared.name, []).append(declared)
+            meant.setdefault(declared.function, []).append(declared)
+        after = {}
+        for declared in self._declared.values():
             for what in declared.after:
-                before[name].update(dict.fromkeys(self._upstreams(stage, what, names)))
-            for upstream in before[name]:
-                stages[upstream].followers.append(stage)
-            stage.waits = len(before[name]) + len(stage.awaits)
-            makers = (task.partition("[")[0] for task in stage.awaits)
-            before[name].update(dict.fromkeys(maker for maker in makers if maker in stages))
-        _check_cycles(before)
-        return list(stages.values())
+                if not (isinstance(what, str) or callable(what)) or what not in meant:
+                    raise self._unknown(declared, what)
+            named = chain.from_iterable(meant[what] for what in declared.after)
+            after[declared] = list(dict.fromkeys(named))
+        _check_cycles(after)
+        return after
 
-    def _upstreams(self, stage: _Stage, what: Any, names: Mapping[Any, list[str]]) -> list[str]:
-        """The declared tasks that one entry of after= means; none if it means a single item's."""
-        if isinstance(what, str) and what in self._declared:
-            return [what]
-        if isinstance(what, str) and self._may_make(what):
-            stage.awaits += [what] if what not in stage.awaits else []
-            return []
-        if not isinstance(what, str) and callable(what) and what in names:
-            return names[what]
+    def _unknown(self, declared: _Declared, what: Any) -> UsageError:
         shown = what if isinstance(what, str) else getattr(what, "__name__", what)
-        raise UsageError(
-            f"after={shown!r} of task {stage.name!r}: expected a task of this pipeline, which has "
-            f"{_some(self._declared)}; declare it, or mend the name"
+        known = ", ".join(list(self._declared)[:10]) + " and more" * (len(self._declared) > 10)
+        return UsageError(
+            f"after={shown!r} of task {declared.name!r}: expected a task of this pipeline, which has {known}; "
+            "declare it, or correct the name"
         )
 
-    def _may_make(self, name: str) -> bool:
-        """Whether some each= may give a task of this name; not known before its items are."""
-        named = self._declared.get(name.partition("[")[0])
-        if named is not None and named.each is not None and named.naming is None and name.endswith("]"):
-            return True
-        return any(declared.naming is not None for declared in self._declared.values())
 
-
-@dataclass(frozen=True)
-class _Declared:
-    """A function with what @pipe.task said of it."""
-
-    name: str
-    function: Callable[..., object]
-    each: Any
-    naming: Callable[[Any], Any] | None
-    after: list[Any]
-    options: Mapping[str, Any]
-
-    def stage(self) -> _Stage:
-        """Its part in one run."""
-        function = self.function
-        if self.each is None:
-            return _Stage(function, (None,), lambda *_: (None, self.name), self.name, self.options, lone=True)
-        return _Stage(lambda ctx: function(ctx, ctx.task), self.each, self._identify, self.name, self.options)
-
-    def _identify(self, item: Any, position: int) -> tuple[None, str]:
-        if self.naming is not None:
-            return None, str(self.naming(item) or f"{self.name}[{position}]")
-        name = _identify(item, position)[1]
-        if not isinstance(name, str):
-            name = str(item)
-            if re.search(" at 0x[0-9a-fA-F]{5}", name):  # an address names nothing in later runs
-                name = str(position)
-        return None, f"{self.name}[{name}]"
-
-
-def _declare(function: Any, each: Any, name: Any, after: Any, options: dict[str, Any]) -> _Declared:
+def _declared(function: Any, each: Any, name: Any) -> _Declared:
     """Check what @pipe.task was given, before anything is started."""
     if not callable(function):
         raise UsageTypeError(f"task({function!r}): expected a function; options are named, as in each=")
     own = name if isinstance(name, str) else getattr(function, "__name__", type(function).__name__)
     if not (name is None or (isinstance(name, str) and name) or (callable(name) and each is not None)):
-        raise UsageTypeError(
-            f"name={name!r} of task {own!r}: expected a str, or a function of its each= item"
-        )
+        what = f"name={name!r} of task {own!r}"
+        raise UsageTypeError(f"{what}: expected a str, or a function of its each= item")
     if each is not None and (_is_path(each) or not (callable(each) or hasattr(each, "__iter__"))):
-        raise UsageTypeError(
-            f"each={each!r} of task {own!r}: expected an iterable, or a function that makes one"
-        )
+        what = f"each={each!r} of task {own!r}"
+        raise UsageTypeError(f"{what}: expected an iterable, or a function that makes one")
     _check_function(f"the function of task {own!r}", function, *["ctx", "item"][: 1 + (each is not None)])
-    _check_options("a task", options, STAGE_OPTIONS)
-    _check_stage_options(options)
-    naming = name if callable(name) else None
-    several = after if isinstance(after, (list, tuple, set, frozenset)) else [after]
-    upstreams = [_text(what) if isinstance(what, str) else what for what in several]
-    return _Declared(_text(own), function, each, naming, upstreams, options)
+    if each is None:
+        return _Declared(_text(own), function, _call_alone, (None,))
+    return _Declared(_text(own), function, _call_with_item, each, name if callable(name) else None)
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
-
-
-def _check_cycles(before: Mapping[str, Iterable[str]]) -> None:
+def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> None:
     """Raise UsageError if some task would wait for itself."""
-    after: dict[str, list[str]] = {name: [] for name in before}
-    missing = dict.fromkeys(before, 0)
-    for name, upstreams in before.items():
-        for upstream in upstreams:
-            after[upstream].append(name)
-            missing[name] += 1
-    free = [name for name in before if not missing[name]]
-    for name in free:  # which grows
-        for follower in after[name]:
-            missing[follower] -= 1
-            if not missing[follower]:
-                free.append(follower)
-    waiting = set(before).difference(free)
-    if waiting:
-        walk = [min(waiting)]
+    waits = {declared: len(before) for declared, before in after.items()}
+    followers: dict[_Declared, list[_Declared]] = {declared: [] for declared in after}
+    for declared, others in after.items():
+        for before in others:
+            followers[before].append(declared)
+    free = [declared for declared in after if not after[declared]]
+    for before in free:  # which grows
+        for declared in followers[before]:
+            waits[declared] -= 1
+            if not waits[declared]:
+                free.append(declared)
+    stuck = {declared.name: after[declared] for declared, number in waits.items() if number}
+    if stuck:
+        walk = [min(stuck)]
         while walk[-1] not in walk[:-1]:
-            walk.append(min(waiting.intersection(before[walk[-1]])))
-        cycle = walk[walk.index(walk[-1]) :]
-        raise UsageError(f"a task comes after itself: {' after '.join(cycle)}; remove one of these after=")
+            walk.append(min(before.name for before in stuck[walk[-1]] if before.name in stuck))
+        cycle = " after ".join(walk[walk.index(walk[-1]) :])
+        raise UsageError(f"a task comes after itself: {cycle}; remove one of these after=")
 
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
@@ -3702,7 +3800,7 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
     """
     if not os.path.isfile(db_path):
         raise DatabaseError(db_path, "does not exist", "name the file that a run has made, with --db")
-    side_files = [db_path + end for end in ("-wal", "-journal")]
+    side_files = [os.path.realpath(db_path) + end for end in ("-wal", "-journal")]
     idle = not any(map(os.path.exists, side_files))
     try:
         with _connect_readonly(db_path, idle=idle) as conn:
@@ -3717,7 +3815,7 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
                     map(dict, conn.execute("SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1")), None
                 )
     except sqlite3.Error as error:
-        if _is_lock(error):
+        if _trouble(error) == "lock":
             raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
         if "readonly" in str(error):
             raise DatabaseError(db_path, "was left half-written", "run again; that rolls it back") from error
@@ -3726,7 +3824,7 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
         raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
     if idle and any(map(os.path.exists, side_files)):  # a run has begun meanwhile: read what it commits
         return read_status(db_path, limit, failed)
-    if run and run["status"] == RUNNING and not _RunLock.is_held(db_path):
+    if run and run["status"] == RUNNING and _RunLock.is_held(db_path) is False:
         run["status"] = "interrupted"  # its process is gone; the next run will say so in the database
     return {"database": db_path, "counts": counts, "run": run, "tasks": tasks}
 
@@ -3779,7 +3877,8 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
     args.argv = sys.argv[1:] if argv is None else argv
     with _signals_taken():
         try:
-            _setup_logging_of(args)
+            if not hasattr(args, "target"):
+                _setup_logging_of(args)
             return int(args.command(args))
         except PipeloomError as error:
             _say(f"pipeloom: {error}")
@@ -3788,7 +3887,7 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
             return 130
 
 
-def _exit(command: Callable[[], int]) -> NoReturn:
+def _end_program(command: Callable[[], int]) -> NoReturn:
     """End the program with the code of a command."""
     code: Any = 0
     before = threading.enumerate()
@@ -3796,7 +3895,7 @@ def _exit(command: Callable[[], int]) -> NoReturn:
         code = command()
     except SystemExit as error:
         code = error.code
-    if all(thread.name != "pipeloom-worker" or thread in before for thread in threading.enumerate()):
+    if all(not isinstance(thread, _Worker) or thread in before for thread in threading.enumerate()):
         sys.exit(code)
     # A task was left behind. Python waits at its end for the threads of every ThreadPoolExecutor and
     # asyncio.to_thread, perhaps for ever; a task's should not hold up the exit code.
@@ -3839,31 +3938,13 @@ def _setup_logging_of(args: Any) -> None:
 @contextmanager
 def _signals_taken() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the program by an exception, so that the summary is still printed, and
-    `kill -USR1 PID` print every thread's stack, above the bars; but none that the program uses itself.
-
-    A thread of its own prints, under the GIL. faulthandler.register would also show a main thread that hangs
-    in C, but it reads the stacks of threads that run on meanwhile, and takes the process with it at times.
+    `kill -USR1 PID` print every thread's stack; but none that the program uses itself.
     """
-    from traceback import format_stack
-
-    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whose put() a signal handler may call
-
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    def show_stacks() -> None:
-        while requests.get():
-            names = {thread.ident: thread.name for thread in threading.enumerate()}
-            for ident, frame in sys._current_frames().items():
-                if ident != threading.get_ident():
-                    _say(f"Thread {names.get(ident, ident)}:\n{''.join(format_stack(frame)).rstrip()}")
-
-    wanted = {"SIGTERM": end, "SIGHUP": end, "SIGUSR1": lambda *_: requests.put(True)}
+    wanted = {"SIGTERM": _end_by_signal, "SIGHUP": _end_by_signal, "SIGUSR1": _show_stacks}
     handlers = {getattr(signal, name): do for name, do in wanted.items() if hasattr(signal, name)}  # Windows
     if threading.current_thread() is not threading.main_thread():  # which alone may take them
         handlers.clear()
     taken = [number for number in handlers if signal.getsignal(number) == signal.SIG_DFL]
-    threading.Thread(target=show_stacks, name="pipeloom-stacks", daemon=True).start()
     for number in taken:
         signal.signal(number, handlers[number])
     try:
@@ -3871,7 +3952,25 @@ def _signals_taken() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
-        requests.put(False)
+
+
+def _end_by_signal(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _show_stacks(*_: Any) -> None:
+    """To fd 2, as a lock of a stream may be held by what this has interrupted.
+
+    faulthandler.register would also show a main thread that hangs in C, but it reads the stacks of threads
+    that run on meanwhile, and takes the process with it at times.
+    """
+    from traceback import format_stack
+
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        text = f"Thread {names.get(ident, ident)}:\n{''.join(format_stack(frame))}"
+        with suppress(OSError):
+            os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
 def _new_parser(prog: str, description: str) -> Any:
@@ -3965,7 +4064,10 @@ def _cmd_run(args: Any) -> int:
     from inspect import signature
 
     arguments = dict(_argument(text) for text in args.arg)
-    function = _load_target(args.target)
+    try:
+        function = _load_target(args.target)
+    finally:
+        _setup_logging_of(args)  # after the program's own, which may configure it
     if isinstance(function, Pipeline):
         if arguments:
             raise UsageError(f"--arg: {args.target} is a Pipeline, which takes none; name a function instead")
@@ -4044,6 +4146,39 @@ def _import_target(place: str) -> Any:
     return module
 
 
+class _Watch:
+    """The display of a run: whatever it raises, even SystemExit, the run goes on. For the calling thread."""
+
+    def __init__(self, progress: Any) -> None:
+        self.display = _display_of(progress)
+        self._started = False
+        self._total: int | None = None  # as it was told last
+        self.tell = logger.log
+
+    def start(self, total: int | None) -> bool:
+        try:
+            self._total = total
+            self.display.start(total)
+            self._started = True
+        except BaseException as error:
+            logger.warning("the progress display failed and is off: %s", _describe(error))
+        return self._started and type(self.display) is not Progress
+
+    def tell_counts(self, total: int | None, skipped: int) -> bool:
+        """What becomes known while the run is on, for our displays; returns whether the total is new."""
+        if isinstance(self.display, _Board):
+            self.display.total, self.display.counts["skipped"] = total and total - skipped, skipped
+        before, self._total = self._total, total
+        return total != before
+
+    def stop(self, result: RunResult) -> None:
+        try:
+            if self._started:
+                self.display.stop(result)
+        except BaseException as error:
+            logger.warning("the progress display failed at its end: %s", _describe(error))
+
+
 class _Session:
     """What the command line adds to the runs that a program starts: options that win, and a summary."""
 
@@ -4077,19 +4212,19 @@ class _Session:
         code = self.report()
         return code if code or type(value) is not int else value
 
-    def run(self, stages: list[_Stage], path: str, options: dict[str, Any]) -> RunResult:
+    def run(self, after: dict[_Declared, list[_Declared]], path: str, options: Any) -> RunResult:
         """What run_pipeline and Pipeline.run do in this session."""
         path = path if self.args.db is None else self.args.db
-        run = _Run(stages, path, _Settings(**{**options, **self.options}))
+        run = _Run(after, path, {**options, **self.options})
         if getattr(self.args, "dry_run", False):
-            for stage in stages:
-                for name in _names_of(stage):
+            for declared in after:
+                for name in _names_of(declared):
                     _print(_cut(name, _width(name)))
             return RunResult(None, 0, 0, 0, 0, 0.0)
         try:
             return run.execute()
         finally:
-            if run.result().total or run.writer.run_id is not None:  # else it never began
+            if run.result().total or run.result().run_id is not None:  # else it never began
                 self.runs.append((path, run.result()))
 
     def report(self, ended: bool = True) -> int:
@@ -4118,14 +4253,13 @@ def _command_to_resume(argv: list[str]) -> str:
     return join([*command, *argv[:at], *(["--resume"] if "--resume" not in argv else []), *argv[at:]])
 
 
-def _names_of(stage: _Stage) -> Iterator[str]:
+def _names_of(declared: _Declared) -> Iterator[str]:
     """The names of its tasks; what comes after others may need them to have run before it can say."""
-    if callable(stage.source) and stage.waits:
-        yield f"{stage.name}[...]"
+    if callable(declared.source) and declared.after:
+        yield f"{declared.name}[...]"
         return
-    for position, item in enumerate(stage.source() if callable(stage.source) else stage.source, 1):
-        given, name = stage.identify(item, position)
-        yield _text(name or f"task-{position if given is None else given}")
+    for position, item in enumerate(declared.items(), 1):
+        yield declared.identify(item, position)[1]
 
 
 def _summary(path: str, result: RunResult) -> str:
@@ -4173,9 +4307,9 @@ def _cmd_init_db(args: Any) -> int:
 
 # ---- The other names by which this file is known -------------------------------------------------------
 
-_PLACES = ("messages", "engine", "writer", "progress", "db", "rlog", "demo")  # modules of the original
-for _place in _PLACES:
-    sys.modules.setdefault(f"{__name__}.{_place}", sys.modules[__name__])
+_MODULES = ("messages", "engine", "writer", "progress", "db", "rlog", "demo", "cli")  # of the original
+for _module in _MODULES:
+    sys.modules.setdefault(f"{__name__}.{_module}", sys.modules[__name__])
 
 
 def __getattr__(name: str) -> Any:
@@ -4185,6 +4319,6 @@ def __getattr__(name: str) -> Any:
         from typing import Union
 
         return Union[MsgTaskStarted, MsgTaskProgress, MsgTaskFinished, MsgExecute]
-    if name in _PLACES:
+    if name in _MODULES:
         return sys.modules[__name__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
