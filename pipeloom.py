@@ -63,9 +63,9 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
-from heapq import heapify, heappop, heappush
-from itertools import chain, count, islice
-from operator import attrgetter, index
+from itertools import accumulate, chain, count, groupby, islice
+from operator import attrgetter, index, itemgetter
+from sched import scheduler
 from threading import get_ident
 from types import CoroutineType
 from unicodedata import category, east_asian_width
@@ -83,11 +83,10 @@ if __name__ == "__main__":
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, Iterator, List, NoReturn, Optional, Tuple, Union
+    from typing import Any, Callable, Iterable, Iterator, NoReturn, Optional, Tuple, Union
 
     Handler = Callable[[sqlite3.Connection, Any], object]
     Item = Tuple[Optional["_Attempt"], Any]  # what travels on the channel: who sent it, the message
-    Lines = Callable[[List["_Bar"], int, "_Style"], List[Tuple[str, int]]]  # of bars: each with its cells
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
     console: Any
 
@@ -460,8 +459,10 @@ def _set_up(conn: sqlite3.Connection, path: str, wal: bool, tell: Callable[..., 
         wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
         got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
         if got.upper() != wanted:
-            told = "database %r: journal mode is %s, as %s does not work here"
-            tell(logging.WARNING, told, path, got, wanted)
+            tell(
+                logging.WARNING, "database %r: journal mode is %s, as %s does not work here",
+                path, got, wanted,
+            )  # fmt: skip
         conn.execute("PRAGMA synchronous=NORMAL")
         conn.execute("PRAGMA foreign_keys=ON")
     except BaseException:
@@ -474,9 +475,9 @@ def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) ->
 
     `idle` says that nobody has the database open; then no side file is left behind either.
     """
-    from urllib.parse import quote
-
-    path = quote(os.path.abspath(db_path).replace(os.sep, "/"))
+    path = os.path.abspath(db_path).replace(os.sep, "/")
+    # Not by urllib, as a signal while that is imported here would be another error.
+    path = re.sub(rb"[^\w/.-]", lambda odd: b"%%%02X" % ord(odd[0]), os.fsencode(path)).decode()
     uri = f"file:{path if path.startswith('/') else '/' + path}?mode=ro{'&immutable=1' if idle else ''}"
     return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, factory=_Reader)
 
@@ -512,8 +513,11 @@ def _missing_columns(conn: sqlite3.Connection, table: str) -> list[str]:
         missing.insert(0, "id INTEGER PRIMARY KEY")
     if set(missing) - set(list(TABLES[table])[8:]):
         path = next((row[2] for row in conn.execute("PRAGMA database_list") if row[1] == "main"), "")
-        what = f"has a table {table} of another shape: it lacks {', '.join(missing)}"
-        raise DatabaseError(path, what, "rename that table or use another file")
+        raise DatabaseError(
+            path,
+            f"has a table {table} of another shape: it lacks {', '.join(missing)}",
+            "rename that table or use another file",
+        )
     return missing
 
 
@@ -553,8 +557,11 @@ def _check_database(path: str, kept: bool = True) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise DatabaseError(path, "is not a regular file", "name a file")
     if not os.access(parent, os.W_OK):  # SQLite makes files beside the database
-        what = "needs files beside it, which cannot be made"
-        raise DatabaseError(path, what, f"change the permissions of {parent!r} or use another directory")
+        raise DatabaseError(
+            path,
+            "needs files beside it, which cannot be made",
+            f"change the permissions of {parent!r} or use another directory",
+        )
     if os.path.exists(path):
         if not os.access(path, os.W_OK):
             raise DatabaseError(path, "cannot be written", "change its permissions or use another file")
@@ -630,6 +637,24 @@ def _holder(db_path: str) -> str:
 
 
 # ---- Channel: the bounded way from the workers to the writer -------------------------------------------
+
+
+class _Bell:
+    """Wakes its one sleeper: the lock is free after a ring. Any thread, and a signal handler, may ring."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        if self._lock.locked():  # else it has rung already, and nobody has heard it yet
+            try:
+                self._lock.release()
+            except RuntimeError:  # another thread was faster
+                return
+
+    def wait(self, seconds: float) -> None:
+        self._lock.acquire(timeout=seconds)
 
 
 class Channel:
@@ -778,13 +803,11 @@ class _GuardedCursor(sqlite3.Cursor):
     def _guarded(self, method: Callable[..., Any], *arguments: Any) -> Any:
         conn: Any = self.connection
         if conn.is_on and not conn.in_transaction:
-            what = "an earlier statement has rolled the transaction back"
-            raise sqlite3.OperationalError(f"{what}; let the exception that it raised through")
-        try:
-            return method(*arguments)
-        except sqlite3.Error as error:
-            error.is_writers = True  # type: ignore[attr-defined]
-            raise
+            raise sqlite3.OperationalError(
+                "an earlier statement has rolled the transaction back"
+                "; let the exception that it raised through"
+            )
+        return method(*arguments)
 
 
 class _Store:
@@ -819,11 +842,13 @@ class _Store:
         if self._durable:
             self.conn.execute("PRAGMA synchronous=FULL")
         self.conn.set_authorizer(self._authorize)
-        self._own(BEGIN)
+        self._own(f"{BEGIN}, to open")  # as a cached BEGIN knows nothing of what is attached now
         prepare()
         if self.conn.execute("PRAGMA locking_mode").fetchone()[0] != "normal":
-            what = "PRAGMA locking_mode=EXCLUSIVE lets nobody else read the database, not even this run"
-            raise UsageError(f"schema= failed: {what}; remove it")
+            raise UsageError(
+                "schema= failed: PRAGMA locking_mode=EXCLUSIVE lets nobody else read the database, "
+                "not even this run; remove it"
+            )
         self._defers = self.conn.execute(REFERENCES_TASKS).fetchone() is not None
         self._own(COMMIT)
         # Only now, as the index of millions of old names is not to be made in memory.
@@ -836,6 +861,8 @@ class _Store:
         self.patiently(self._transaction, apply, *args)
 
     def _transaction(self, apply: Callable[..., None], *args: Any) -> None:
+        if self.conn.in_transaction:  # there was no memory to end the last one
+            self._own(ROLLBACK)
         self._own(BEGIN)
         if self._defers:
             self.conn.execute("PRAGMA defer_foreign_keys=ON")
@@ -862,17 +889,15 @@ class _Store:
                     raise self.out_of_patience(error, waited) from _reason(error)
                 if not warned and waited > 0.5:
                     warned = True
-                    told = "database %r: %s; waiting up to %g s for that to pass"
-                    self._tell(logging.WARNING, told, self.shown, str(error), patience)
+                    self._tell(
+                        logging.WARNING, "database %r: %s; waiting up to %g s for that to pass",
+                        self.shown, str(error), patience,
+                    )  # fmt: skip
             time.sleep(0.05)
 
     def out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
         what, cure = f"{error}, still after {waited:.1f} s", CURES[_trouble(error)]
         return WriterFailed(self.shown, what, f"{cure}, then run again")
-
-    def is_own(self, error: BaseException) -> bool:
-        """Whether the database is in trouble, and not one that a handler has opened itself."""
-        return hasattr(error, "is_writers") and _trouble(error) in ("lock", "disk", "corrupt")
 
     def failure(self, error: BaseException, opening: bool) -> BaseException:
         """What the caller is told of an error that the writer cannot go on after."""
@@ -897,8 +922,11 @@ class _Store:
                     continue
             except OSError:
                 pass
-            what = f"{path!r} was deleted, moved or replaced during the run"
-            raise WriterFailed(self.shown, what, "let nobody touch the database and its lock, then run again")
+            raise WriterFailed(
+                self.shown,
+                f"{path!r} was deleted, moved or replaced during the run",
+                "let nobody touch the database and its lock, then run again",
+            )
 
     def close(self) -> None:
         conn, self.conn = self.conn, None  # type: ignore[assignment]
@@ -917,7 +945,7 @@ class _Store:
             self.conn.execute(statement)
         finally:
             self._ours = False
-        self.conn.is_on = statement is BEGIN
+        self.conn.is_on = statement.startswith(BEGIN)
 
 
 class _TaskRow:
@@ -1094,12 +1122,14 @@ class SQLiteWriter(threading.Thread):
     ) -> None:  # fmt: skip
         super().__init__(name="pipeloom-writer", daemon=True)
         self._engine = run  # whose writer this is
-        self._tell = run.watch.tell if run else logger.log
-        self.store = _Store(os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, self._tell)
+        bars = _TaskBars(task_progress, task_bar_map or {}) if task_progress else "none"
+        self._display = run.display if run else _Display(bars)
+        self.shows = run is None and task_progress is not None  # messages, to the display
+        tell = self._display.tell
+        self.store = _Store(os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, tell)
         self.status = _Status(self.store, store_task_status)
         self.error: BaseException | None = None
         self.opened = False  # and how it failed, `error` says
-        self.display: Any = _TaskBars(task_progress, task_bar_map or {}) if task_progress else None
         self._schema = schema or ""
         self._channel = msg_q if isinstance(msg_q, Channel) else Channel(msg_q)
         self._apply_by_type: dict[type, Callable[[Any], object]] = {
@@ -1132,6 +1162,7 @@ class SQLiteWriter(threading.Thread):
         """The thread's life: open, commit batch after batch, close."""
         try:
             if self._engine is None:  # a run has done so
+                self._display.open()
                 _check_database(self.store.shown)
             self.store.open(self._prepare)
             self.opened = True
@@ -1158,7 +1189,7 @@ class SQLiteWriter(threading.Thread):
         with suppress(Exception):
             told = self.store.failure(_reason(error), opening=not self.opened)
             if self._engine is None:
-                self._tell(logging.ERROR, "%s", told)
+                self._display.tell(logging.ERROR, "%s", told)
         self.error = told
 
     def _leave(self) -> None:
@@ -1169,6 +1200,8 @@ class SQLiteWriter(threading.Thread):
             if self.error is not None:
                 self._channel.fail(self.error)
             self._ring()
+            if self._engine is None:
+                self._display.stop(None)
 
     def _ring(self) -> None:
         if self._engine is not None:
@@ -1213,7 +1246,7 @@ class SQLiteWriter(threading.Thread):
     def _reject(self, sender: _Attempt | None, message: Any, error: BaseException) -> None:
         """A message cannot be stored: its task ends as `error`, and nobody else notices."""
         if sender is None:
-            self._tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
+            self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         sender.record(error)
         finish = MsgTaskFinished(sender.task_id, ERROR, _now(), None, _text(_describe(error)))
@@ -1223,12 +1256,12 @@ class SQLiteWriter(threading.Thread):
         self._acknowledge()
 
     def _apply_all(self, batch: list[Item]) -> None:
-        self.status.forget(self.display is not None)
+        self.status.forget(self.shows)
         for sender, message in batch:  # the users' own rows now, task rows in memory
             try:
                 self._apply(sender, message)
             except BaseException as error:  # a handler's SystemExit too
-                if isinstance(error, WriterFailed) or self.store.is_own(error):
+                if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
                     raise
                 raise _BadMessage(error) from None
         self.status.write()
@@ -1240,7 +1273,7 @@ class SQLiteWriter(threading.Thread):
             self._hand_over(message if check is None else check(message))  # a plain queue has checked nothing
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
-        elif message is STARTED and self.display is None:  # nobody needs a message
+        elif message is STARTED and not self.shows:  # nobody needs a message
             self.status.begin(sender)
         elif message is STARTED:
             self._hand_over(MsgTaskStarted(sender.task_id, sender.name, sender.started_at))
@@ -1256,21 +1289,19 @@ class SQLiteWriter(threading.Thread):
     def _hand_over(self, message: Any) -> None:
         self.handle(message)
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
-            what = "a handler's statement rolled the transaction back"
-            raise MessageRefused(f"{what}; let the exception that it raised through")
+            raise MessageRefused(
+                "a handler's statement rolled the transaction back"
+                "; let the exception that it raised through"
+            )
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
         self.status.committed()
-        try:
-            for message in self.status.news.values():
-                self.display.update(message)
-        except BaseException as error:  # a display never harms the run
-            self.display = None
-            self._tell(logging.WARNING, "the progress display failed and is off: %s", _describe(error))
+        for message in self.status.news.values():
+            self._display.update(message)
         if self._engine is not None and self.status.ended:
             self._engine.settle(self.status.ended)
-        self.status.forget(self.display is not None)
+        self.status.forget(self.shows)
 
     # Messages
 
@@ -1345,18 +1376,21 @@ def _unknown(kind: type) -> MessageRefused:
     )
 
 
-# ---- Progress: what is shown; the writer reports, a ticker thread draws, neither waits for the other ----
+# ---- Progress: what is shown and logged; no run and no lock waits for a terminal, a pipe or a handler ----
 
 NAME_WIDTH = 40  # cells of a task's name at the most
-LOG_EVERY = 10.0  # seconds between two log lines
+LOG_EVERY = 10.0  # seconds between two log lines; in a notebook a fifth of that
 FRAME = 0.1  # seconds between two frames of the bars
+HOLE = 0.5  # seconds that the row of a task stays empty after its end, for another task to take it
 BACKLOG = 10_000  # printed lines that wait for a slow terminal before who prints waits as well
+FAILURES_TOLD = 10  # of one cause; more are only counted
+READER_PATIENCE = 20.0  # seconds that a line of the command line waits for who reads stderr, perhaps a pager
 
 
 class Progress:
     """The protocol of a display: these three methods, and nothing else is called.
 
-    They are called in one thread that does nothing else, update() with every message that has been
+    They are called in one thread that does little else, update() with every message that has been
     committed (of several progress messages of a task in one commit, the last). A finish whose status is
     "queued" is that of an attempt which failed and will be repeated. The run waits for none of them, but
     five seconds for the last; a display that raises, or is 100,000 messages behind, is switched off.
@@ -1372,41 +1406,146 @@ class Progress:
         """The run has ended; `result` is its RunResult."""
 
 
-class _Aside(Progress):
-    """A display of the user's, in a thread of its own: whatever it does there, the run goes on."""
+class _Display:
+    """What a run shows and logs, done by a thread of its own: what comes in wakes it, for our own displays
+    ten times a second at most.
 
-    PATIENCE = 5.0  # seconds, for its stop()
-    BACKLOG = 100_000  # messages
+    open(), start() and stop() are for the calling thread. update(), tell(), failed() and know() are for every
+    thread, also with a lock held: they append to a deque, which needs no lock, and wait for nobody.
+    """
 
-    def __init__(self, display: Progress) -> None:
-        self._display = display
-        self._calls: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    PATIENCE = 5.0  # seconds, at the end; half of them for a pipe that nobody reads
+    BACKLOG = 100_000  # messages, and log records, that may wait
+
+    def __init__(self, progress: Any) -> None:
+        self._shown = _display_of(progress)
+        self._board = self._shown if isinstance(self._shown, _Board) else None
+        self._messages: deque[Any] = deque()
+        self._records: deque[tuple[Any, ...]] = deque()  # level, event, text and its arguments
+        self._total: int | None = None  # as it was told last
+        self._calls_user = False  # else, if the thread hangs, it does so in a handler, perhaps with its lock
+        self._wake, self._pause = _Bell(), _Bell()
+        self._is_over = False
         self._thread = threading.Thread(target=self._work, name="pipeloom-display", daemon=True)
 
-    def start(self, total: int | None) -> None:
-        self._thread.start()
-        self._calls.put(("start", total))
+    def open(self) -> None:
+        """From now on log records are emitted."""
+        _start(self._thread)
+
+    def start(self, total: int | None) -> bool:
+        """The run begins; returns whether update() should be called."""
+        self._total = total
+        if self._board is None:
+            self.update(("start", total))
+        else:  # at once: what tasks print goes above the bars from the first line on
+            with suppress(Exception):  # an odd stream, no thread left: the run goes on without bars
+                self._board.start(total)
+        return type(self._shown) is not Progress
 
     def update(self, message: Any) -> None:
-        if self._calls.qsize() >= self.BACKLOG:
-            raise TimeoutError(f"it is {self.BACKLOG:,} messages behind")
-        if self._thread.is_alive():
-            self._calls.put(("update", message))
+        """Have a committed message shown."""
+        if len(self._messages) < self.BACKLOG:
+            self._messages.append(message)
+            self._wake.ring()
+        elif type(self._shown) is not Progress:
+            self._switch_off(f"it is {self.BACKLOG:,} messages behind")
+
+    def know(self, total: int | None, skipped: int) -> bool:
+        """Take in what becomes known while the run is on; returns whether the total is new."""
+        if self._board is not None:
+            self._board.total, self._board.counts["skipped"] = total and total - skipped, skipped
+        before, self._total = self._total, total
+        return total != before
+
+    def tell(self, level: int, text: str, *args: object, event: str = "") -> None:
+        """Have this logged by the display thread, soon; `text` and `args` as for logger.log()."""
+        if len(self._records) < self.BACKLOG:
+            self._records.append((level, event, text, args))
+            self._wake.ring()
+
+    def failed(self, name: str, message: str, place: str, number: int) -> None:
+        """Say that a task has failed, at that line of the user's; it is the `number`th of its cause."""
+        more = " [the next ones like this are only counted]" * (number == FAILURES_TOLD)
+        where = f" ({place})" if place else ""
+        if number <= FAILURES_TOLD:
+            text = f"{_clean(name)} failed: {_cut(message, 300)}{where}{more}"
+            self.tell(logging.ERROR, "%s", text, event="failed")
 
     def stop(self, result: Any) -> None:
-        self._calls.put(("stop", result))
+        """Show the end, and emit what is left; after PATIENCE the rest is left behind."""
+        if self._thread.ident is None:
+            return
+        if not self._is_over:
+            self._messages.append(("stop", result))
+        if result is not None and not self._is_over:
+            event = "" if self._board is None and _Session.current is None else "summary"
+            text = "run %s: %s in %.1f s"
+            self.tell(logging.INFO, text, result.run_id, _in_words(result), result.elapsed, event=event)
+        self._is_over = True
+        self._wake.ring()
+        self._pause.ring()
         self._thread.join(self.PATIENCE)
-        if self._thread.is_alive():
-            raise TimeoutError(f"it hangs, {self.PATIENCE:g} s after the end")
+        if self._thread.is_alive() and self._calls_user:
+            self.tell(logging.WARNING, "the progress display hangs, %g s after the end", self.PATIENCE)
+        if not self._thread.is_alive() or self._calls_user:
+            self._log()
+
+    # The display thread
 
     def _work(self) -> None:
-        method = ""
+        while not self._is_over:
+            self._wake.wait(FRAME if self._records else 1.0)  # what has no room in the pipe is tried again
+            self._step()
+            if self._board is not None:
+                self._pause.wait(FRAME)
+        self._step()
+        until = time.monotonic() + self.PATIENCE / 2
+        while self._records and time.monotonic() < until:
+            time.sleep(FRAME)
+            self._log()
+
+    def _step(self) -> None:
+        self._log()
+        self._calls_user = self._board is None
         try:
-            while method != "stop":
-                method, argument = self._calls.get()  # stop(), the last, comes however the run ends
-                getattr(self._display, method)(argument)
+            for _ in range(len(self._messages)):
+                message = self._messages.popleft()
+                if type(message) is tuple:
+                    getattr(self._shown, message[0])(message[1])
+                else:
+                    self._shown.update(message)
+            if type(self._shown) is _LogLines:
+                self._shown.tick()
         except BaseException as error:  # even its SystemExit is not the run's
-            logger.warning("the progress display failed and is off: %s", _describe(error))
+            self._switch_off(_describe(error))
+        self._calls_user = False
+
+    def _log(self) -> None:
+        """Emit the records, unless that would block: a thread that hangs in a handler keeps its lock, for
+        which logging.shutdown() then waits for ever.
+        """
+        with suppress(BaseException):  # of a handler; or there is none left, as stop() emits them as well
+            while self._records and (_Screen.current is not None or _takes(sys.stderr)):
+                level, event, text, args = self._records.popleft()
+                if logger.isEnabledFor(level):
+                    more = {"event": event}
+                    record = logger.makeRecord(logger.name, level, __file__, 0, text, args, None, extra=more)
+                    (logger if logger.hasHandlers() else _log_handler()).handle(record)
+
+    def _switch_off(self, why: str) -> None:
+        level = logging.WARNING if self._board is None else logging.DEBUG  # of ours, stderr is a closed pipe
+        self._shown = Progress()
+        self.tell(level, "the progress display failed and is off: %s", why)
+
+
+def _in_words(result: RunResult) -> str:
+    """The counts of a run; "done" are those that did not fail."""
+    rest = {"skipped": result.skipped, "failed": result.error, "cancelled": result.cancelled}
+    parts = (f"{number:,} {word}" for word, number in rest.items() if number)
+    return ", ".join([f"{result.done:,} done", *parts])
+
+
+# Our own displays
 
 
 @dataclass
@@ -1417,6 +1556,7 @@ class _Bar:
     total: float | None = None
     completed: float = 0
     text: str = ""
+    began: float = 0.0  # by time.monotonic(); 0 shows no time
 
     def fraction(self) -> float | None:
         """0..1, or None where the total is not known."""
@@ -1424,16 +1564,15 @@ class _Bar:
 
 
 class _Board(Progress):
-    """What a display of ours knows. Subclasses draw it, in a thread of their own.
-
-    The writer's thread changes the fields and the other only reads: a frame may be a message behind.
+    """What a display of ours knows. The display thread changes it; the screen's reads it meanwhile, without a
+    lock, from copies that a dict makes in one step: a frame may be a message behind.
     """
 
-    def __init__(self, stream: Any = None) -> None:
-        self.stream = stream or sys.stderr
+    def __init__(self) -> None:
         self.total: int | None = None
         self.counts = dict.fromkeys((*FINAL, "skipped"), 0)
         self.running: dict[int, _Bar] = {}
+        self.waiting: set[int] = set()  # failed, and will be tried again
         self.began = time.monotonic()
 
     def start(self, total: int | None) -> None:
@@ -1441,112 +1580,149 @@ class _Board(Progress):
         self.began = time.monotonic()
 
     def update(self, message: Any) -> None:
-        kind = type(message)
+        kind, id = type(message), message.task_id
         if kind is MsgTaskStarted:
-            self.running[message.task_id] = _Bar(message.name)
-        elif kind is MsgTaskProgress:
-            bar = self.running.get(message.task_id)
-            if bar is not None:
-                bar.completed, bar.total, bar.text = message.step, message.total, message.message
+            self.waiting.discard(id)
+            self.running[id] = _Bar(message.name, began=time.monotonic())
+        elif kind is MsgTaskProgress and id in self.running:
+            bar = self.running[id]
+            bar.completed, bar.total, bar.text = message.step, message.total, message.message
         elif kind is MsgTaskFinished:
-            self.running.pop(message.task_id, None)
-            if message.status in self.counts:  # "queued" is an attempt that failed and will be repeated
+            self.running.pop(id, None)
+            self.waiting.discard(id)
+            if message.status == QUEUED:
+                self.waiting.add(id)
+            else:
                 self.counts[message.status] += 1
 
-    def overall(self) -> _Bar:
-        """The bar for all tasks."""
-        settled = sum(self.counts[status] for status in FINAL)
-        elapsed = time.monotonic() - self.began
-        parts = [f"{settled:,}/{self.total:,}" if self.total is not None else f"{settled:,} done"]
-        parts.append(_clock(elapsed))
-        if self.total and 0 < settled < self.total and elapsed > 1:
-            parts.append(f"eta {_clock(elapsed / settled * (self.total - settled))}")
-        for status, word in ((ERROR, "failed"), (CANCELLED, "cancelled"), ("skipped", "skipped")):
-            if self.counts[status]:
-                parts.append(f"{self.counts[status]:,} {word}")
-        total, settled = (1, 1) if self.total == 0 else (self.total, settled)  # nothing to do is all done
-        return _Bar("All tasks", total, settled, "  ".join(parts))
+    def stop(self, result: Any) -> None:
+        self.running, self.waiting = {}, set()
+        self.counts = {status: getattr(result, status) for status in self.counts}
 
-    def bars(self, room: int) -> list[_Bar]:
-        """The overall bar, then as many running tasks as have room, then how many more there are."""
-        running = self.running.copy()
-        shown = list(islice(running.values(), room if len(running) < room else max(room - 2, 0)))
-        rest = len(running) - len(shown)
-        more = [_Bar(f"+{rest:,} more")] if rest else []
-        return [self.overall(), *shown, *more][:room]
+    def ended(self) -> int:
+        return sum(self.counts[status] for status in FINAL)
+
+    def work(self) -> float:
+        """How many tasks' work is behind us, parts of running ones included."""
+        return self.ended() + sum(bar.fraction() or 0.0 for bar in self.running.copy().values())
+
+    def eta(self, elapsed: float) -> float | None:
+        """Seconds to the end, or None where that would be a guess."""
+        bars, rest = list(self.running.copy().values()), (self.total or 0) - self.ended()
+        if rest > len(bars) + len(self.waiting) and elapsed >= 1:  # some have not begun: by the rate so far
+            return elapsed / self.ended() * rest if self.ended() else None
+        if rest <= 0 or elapsed < 1 or self.waiting or not all(bar.fraction() for bar in bars):
+            return None
+        now = time.monotonic()  # the last ones run, and the slowest of them ends last
+        return max(((now - bar.began) * (1 / (bar.fraction() or 1) - 1) for bar in bars), default=None)
+
+    def facts(self) -> dict[str, str]:
+        """The words of the line on all tasks, in their order; "" where there is nothing to say."""
+        elapsed, done, counts = time.monotonic() - self.began, f"{self.counts[DONE]:,}", self.counts
+        eta, ran = self.eta(elapsed), counts[DONE] + counts[ERROR]
+        if self.total is not None:
+            total = f"{self.total:,}"
+            done = f"{done:>{len(total)}}/{total}"
+        return {
+            "done": f"{done} done",
+            "failed": f"{counts[ERROR]:,} failed" * bool(counts[ERROR]),
+            "rate": _rate(ran / elapsed) if ran and elapsed >= 1 else "",
+            "time": _clock(elapsed),
+            "eta": "" if eta is None else f"eta {_clock(max(eta, 1))}",
+            "waiting": f"{len(self.waiting):,} to retry" * bool(self.waiting),
+            "cancelled": f"{counts[CANCELLED]:,} cancelled" * bool(counts[CANCELLED]),
+            "skipped": f"{counts['skipped']:,} skipped" * bool(counts["skipped"]),
+        }
 
 
 class _LogLines(_Board):
-    """For what is no terminal: a line every ten seconds at most, and one at the end."""
+    """For what is no terminal: a line every ten seconds, in a notebook every two, and one at the end. For the
+    display thread alone.
+    """
+
+    _due = threading.TIMEOUT_MAX  # until it starts
 
     def start(self, total: int | None) -> None:
         super().start(total)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="pipeloom-display", daemon=True)
-        self._thread.start()
+        self._every = LOG_EVERY / 5 if type(sys.stderr).__module__.startswith("ipykernel") else LOG_EVERY
+        self._due = self.began + self._every
+
+    def tick(self) -> None:  # once a second, or more often
+        if time.monotonic() >= self._due and _takes(sys.stderr):
+            self._due = time.monotonic() + self._every
+            self._write(f"{len(self.running):,} running")
 
     def stop(self, result: Any) -> None:
-        self._over.set()
-        self._thread.join(2)  # a pipe that nobody reads is left behind
+        super().stop(result)
+        if _Session.current is None and _takes(sys.stderr, 2.0):  # else its summary says the same
+            self._write()
 
-    def _tick(self) -> None:
-        try:
-            over = False
-            while not over:
-                over = self._over.wait(LOG_EVERY)
-                tail = "" if over else f"  {len(self.running):,} running"
-                self.stream.write(f"pipeloom: {self.overall().text}{tail}\n")
-                self.stream.flush()
-        except (OSError, ValueError) as error:  # a closed pipe: the run goes on without
-            logger.debug("the log lines are off: %s", _describe(error))
+    def _write(self, *more: str) -> None:
+        facts = "  ".join(filter(None, (*self.facts().values(), *more)))
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} pipeloom: {facts}\n")
+        sys.stderr.flush()
 
 
 class _TerminalBars(_Board):
-    """The bars on a terminal; `lines` makes the lines of them."""
+    """The bars on a terminal: a line on all tasks, and a row for each that has run for a moment. The calling
+    thread starts it, the screen's asks for the lines.
+    """
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, style: _Style) -> None:
         super().__init__()
-        self._lines = lines
+        self._style = style
+        self._rows: list[tuple[int, float]] = []  # whose each row is, and since when it is free, or 0
+        self._names = 0  # cells of the longest name so far: its column never shrinks
 
     def start(self, total: int | None) -> None:
         super().start(total)
-        self._screen = _Screen(self.stream, self.bars, self._lines)
+        _Screen.show(self)
 
     def stop(self, result: Any) -> None:
-        self.running.clear()
-        self._screen.close()
+        super().stop(result)
+        _Screen.hide(self)
 
+    def lines(self, width: int, room: int) -> list[str]:
+        """For the block: the line on all tasks, the running ones, and how many more there are."""
+        running, facts = self.running.copy(), self.facts()
+        facts["rate"] = facts["rate"].rjust(8)  # so that what comes after it stays where it is
+        if self.total is not None:
+            facts["eta"] = facts["eta"] or "eta -:--:--"
+        crowded = len(running) > room - 1
+        self._seat(running, max(room - 1 - crowded, 0))
+        bars = [_Bar("") if free else running[id] for id, free in self._rows]
+        more = len(running) - sum(1 for _, free in self._rows if not free)
+        bars += [_Bar(f"+{more:,} more")] * crowded
+        self._names = max([self._names, *(_width(_clean(bar.name)) for bar in bars)])
+        return [self._total_line(facts, width), *_lines(bars, width, self._style, self._names)][:room]
 
-def _rich_lines(bars: list[_Bar], width: int, style: _Style) -> list[tuple[str, int]]:
-    """What _lines() gives, made by Rich.
+    def kept(self, width: int) -> list[str]:
+        """What stays on the screen at the end; the summary of the command line says the same."""
+        return [self._total_line(self.facts(), width)] if _Session.current is None else []
 
-    Not by its Live: two of them at once fail before Rich 14.1, and in all versions bars that come and go
-    are torn where several threads print.
-    """
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
+    def _seat(self, running: dict[int, _Bar], room: int) -> None:
+        """Say who is on which row: nobody moves, but up into a row that was free for a moment."""
+        now = time.monotonic()
+        rows = [(id, free if id in running else free or now) for id, free in self._rows]
+        rows = [(id, free) for id, free in rows if not free or now - free < HOLE][:room]
+        seated = {id for id, free in rows if not free}
+        new = deque(id for id, bar in running.items() if id not in seated and now - bar.began >= FRAME)
+        self._rows = [(new.popleft(), 0.0) if free and new else (id, free) for id, free in rows]
+        self._rows += [(id, 0.0) for id in islice(new, room - len(rows))]
 
-    if width < 30:
-        return _lines(bars, width, style)
-    table = Table.grid(padding=(0, 1))
-    for bar in bars:
-        name = Text(_cut(bar.name, min(NAME_WIDTH, width // 3)), no_wrap=True)
-        text = Text(_cut(bar.text, width // 2), no_wrap=True)
-        fraction = bar.fraction()
-        if fraction is None:
-            table.add_row(name, "", "", text)
-        else:
-            table.add_row(name, ProgressBar(1, fraction, width=width // 4), Text(f"{fraction:4.0%}"), text)
-    console = _rich_console()
-    with console.capture() as capture:
-        console.print(table, width=width - 1)
-    return [(line, width - 1) for line in capture.get().splitlines()]
+    def _total_line(self, facts: dict[str, str], width: int) -> str:
+        part = min(self.work() / self.total, 1.0) if self.total else None if self.total is None else 1.0
+        return _total_line(facts, part, width, self._style)
 
 
 def _clock(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def _rate(per_second: float) -> str:
+    size, unit = (1, "s") if per_second >= 1 else (60, "min") if per_second >= 1 / 60 else (3600, "h")
+    return f"{per_second * size:,.{1 if per_second < 100 else 0}f}/{unit}"
 
 
 def _cells(char: str) -> int:
@@ -1560,202 +1736,285 @@ def _width(text: str) -> int:
     return len(text) if text.isascii() else sum(map(_cells, text))
 
 
-def _fit(text: str, width: int) -> str:
-    """One line of exactly `width` cells: control characters shown as ?, the rest cut or padded."""
+def _clean(text: str) -> str:
+    """Without control characters, and those that join or tint others: terminals disagree how wide that is."""
     if text.isascii() and text.isprintable():
-        return text[:width].ljust(width)
-    line, used = [], 0
-    for char in text:
-        if char in "\u200d\ufe0e\ufe0f" or "\U0001f3fb" <= char <= "\U0001f3ff":
-            continue  # they join or tint what stands before them, and terminals disagree how wide that is
-        char = char if char.isprintable() else " " if char.isspace() else "?"
-        if used + _cells(char) > width:
-            break
-        used += _cells(char)
-        line.append(char)
-    return "".join(line) + " " * (width - used)
+        return text
+    text = re.sub("[\u200d\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]", "", text)
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
+def _head(text: str, width: int) -> str:
+    """What of a clean text fits into so many cells."""
+    ends = accumulate(map(_cells, text))
+    return "".join(char for char, end in zip(text, ends) if end <= width)
 
 
 def _cut(text: str, width: int) -> str:
     """One line of at most `width` cells."""
-    return _fit(text, width).rstrip()
+    return _head(_clean(text), width).rstrip()
+
+
+def _fit(text: str, width: int, dots: str = "", part: float = 0.5) -> str:
+    """A line of exactly `width` cells; `dots` stand for the middle of a long one; `part` of it is its end."""
+    text = _clean(text)
+    if dots and _width(text) > width > 2 * len(dots):
+        tail = _head(text[::-1], int((width - len(dots)) * part))[::-1]
+        text = _head(text, width - len(dots) - _width(tail)) + dots + tail
+    text = _head(text, width)
+    return text + " " * (width - _width(text))
 
 
 class _Style:
-    """What a stream can show: colours or none, bars of box-drawing characters or of ASCII."""
+    """What a stream can show: colours or none, bars of box-drawing characters, Rich's, or of ASCII."""
 
-    def __init__(self, stream: Any) -> None:
-        self.colour = not os.environ.get("NO_COLOR")
-        self.encoding = getattr(stream, "encoding", None) or "ascii"
+    def __init__(self, stream: Any, rich: bool = False) -> None:
+        self.colour, self._rich = not os.environ.get("NO_COLOR"), rich
+        self.full, self.half, self.dots, self._signs = "━", "╸", "…", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
         try:
-            "━".encode(self.encoding)
-            self.full, self.empty = "━", " " if not self.colour else "━"
+            "━╸…⠋".encode(getattr(stream, "encoding", None) or "ascii")
         except (UnicodeError, LookupError):
-            self.full, self.empty = "#", "."
+            self.full, self.half, self.dots, self._signs = "#", "", "..", "|/-\\"
 
     def bar(self, fraction: float, width: int) -> str:
-        filled = int(fraction * width)
-        left, right = self.full * filled, self.empty * (width - filled)
-        return f"\x1b[32m{left}\x1b[90m{right}\x1b[0m" if self.colour else left + right
+        """A bar of exactly `width` cells."""
+        halves = int(fraction * width * 2)
+        if self._rich:
+            return _rich_bar(halves, width)
+        left = self.full * (halves // 2) + self.half * (halves % 2)
+        empty = "." if not self.half else self.full if self.colour else " "
+        return self.paint("32", left) + self.paint("90", empty * (width - len(left)))
+
+    def sign(self) -> str:
+        """For what runs and cannot say how far it is: it moves."""
+        return self._signs[int(time.monotonic() / FRAME) % len(self._signs)]
+
+    def paint(self, colour: str, text: str) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and text else text
 
 
-def _lines(bars: list[_Bar], width: int, style: _Style) -> list[tuple[str, int]]:
-    """The lines of some bars, each with the number of cells that it fills (never the last column)."""
-    room = width - 1
-    names = min(max((_width(bar.name) for bar in bars), default=0), NAME_WIDTH, room // 3)
-    length = min(40, (room - names) // 3)
-    rest = room - names - length - len("  100% ")
+@lru_cache(4_096)
+def _rich_bar(halves: int, width: int) -> str:
+    """A bar made by Rich; slow, and there are few different ones.
+
+    Rich's Live is not used: two of them at once fail before Rich 14.1, and in all versions bars that come
+    and go are torn where several threads print.
+    """
+    from rich.progress_bar import ProgressBar
+
+    return _made_by_rich(ProgressBar(2 * width, halves, width=width), width)[0]
+
+
+def _made_by_rich(what: Any, width: int) -> list[str]:
+    console = _rich_console()
+    with console.capture() as capture:
+        console.print(what, width=width)
+    return str(capture.get()).rstrip("\n").split("\n")
+
+
+def _lines(bars: list[_Bar], width: int, style: _Style, names: int = 0) -> list[str]:
+    """A line of `width` - 1 cells for each bar: name, bar, percent or a sign that it runs, time, text."""
+    room, now = max(width - 1, 0), time.monotonic()
+    names = min(max([names, *(_width(_clean(bar.name)) for bar in bars)]), NAME_WIDTH, room // 2 - 4)
+    length = min(30, room // 5)
     lines = []
     for bar in bars:
         fraction = bar.fraction()
-        percent = f"{fraction:4.0%}" if fraction is not None else ""
-        if rest < 0:
-            line = _fit(f"{bar.name} {percent.strip()} {bar.text}", room)
+        sign = f"{int(100 * fraction)}%" if fraction is not None else style.sign() if bar.began else ""
+        if width < 40:
+            line = _fit(f"{sign:>4} {_fit(bar.name, room - 5, style.dots)}", room)
         else:
             drawn = style.bar(fraction, length) if fraction is not None else " " * length
-            line = f"{_fit(bar.name, names)} {drawn} {percent:4} {_fit(bar.text, rest)}"
-        lines.append((line, room))
+            text = f"{_clock(now - bar.began) if bar.began else '':>9}  {bar.text}"
+            rest = _fit(text, room - names - length - 6)
+            line = f"{_fit(bar.name, names, style.dots)} {drawn} {sign:>4}{rest}"
+        lines.append(line)
     return lines
 
 
-class _Screen:
-    """A block of lines at the bottom of a terminal, drawn by a thread of its own.
+GIVES_WAY = ("skipped", "cancelled", "waiting", "rate", "eta", "time", "failed")  # in a narrow window
 
-    Whole lines that are printed or logged meanwhile wait in `_backlog` for that thread, which writes them
-    above the block: nobody else ever waits for the terminal. Wrapping is off only inside a frame and the
-    cursor is never hidden, so that a process killed at any moment leaves a whole terminal behind.
+
+def _total_line(facts: dict[str, str], fraction: float | None, width: int, style: _Style) -> str:
+    """The line on all tasks, of `width` - 1 cells: of the facts as many as fit, of the bar what is left."""
+    room = max(width - 1, 0)
+    for name in GIVES_WAY:
+        if len("  ".join(filter(None, facts.values()))) > room:
+            facts = {**facts, name: ""}
+    text, part, bar = _head("  ".join(filter(None, facts.values())), room), fraction or 0.0, ""
+    length = min(40, max(room - 69, 10), room - len("All tasks  100%  " + text))  # so that it seldom changes
+    if fraction is None or length < 5:
+        length = -7
+    else:
+        bar = f"{style.bar(part, length)} {int(100 * part):3}%  "
+    label = "All tasks " * (len("All tasks " + text) <= room)
+    left = " " * (room - len(label + text) - length - 7)
+    red = facts["failed"]
+    return label + bar + text.replace(red, style.paint("31", red), bool(red)) + left
+
+
+class _Screen:
+    """The block of lines at the bottom of the terminal, one for all runs and progress managers of a process.
+
+    A thread of its own draws it. Whole lines that any thread prints or logs meanwhile wait in `_backlog` for
+    that thread, which writes them above the block: nobody else waits for the terminal. Wrapping is off only
+    inside a frame and the cursor is never hidden, so that a process killed at any moment leaves a whole
+    terminal. `_lock` guards the sources and the backlog, and is never held while writing.
     """
 
     PATIENCE = 2.0  # seconds, with a terminal that blocks
-    terminal = threading.Lock()  # held by the one screen that is open; a second run shows no bars
+    current: _Screen | None = None
+    _door = threading.Lock()  # guards `current`; held while the old screen ends, as two must not draw
 
-    def __init__(self, stream: Any, bars: Callable[[int], list[_Bar]], lines: Lines) -> None:
-        self.stream = stream
-        self.style = _Style(stream)
-        self._bars, self._lines = bars, lines
-        self._drawn: list[int] = []  # the cells of each line that stands there now
-        self._lock = threading.Lock()  # guards the backlog; never held while writing
+    def __init__(self, source: Any) -> None:
+        self.stream = sys.stderr
+        self.sources = [source]  # each has lines(width, room), and kept(width) for its end
+        self._drawn = (0, 0)  # how many lines stand there now, and how wide they are
+        self._lock = threading.Lock()
         self._backlog: list[tuple[Any, str]] = []
+        self._draws = True  # else who has lines writes them; under the lock
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeloom-display", daemon=True)
-        self._stand_ins: list[_Above] = []
-        self._draws = self.terminal.acquire(blocking=False)  # else who has lines writes them; under the lock
-        if self._draws:
-            for name in ("stdout", "stderr"):
-                if _is_terminal(getattr(sys, name)):
-                    self._stand_ins.append(_Above(name, self))
-            try:
-                self._thread.start()
-            except RuntimeError as error:  # the system has no thread left
-                self._end(error)
-                self.terminal.release()
+        self._thread = threading.Thread(target=self._work, name="pipeloom-screen", daemon=True)
+        streams = {id(stream): stream for stream in (sys.stdout, sys.stderr)}.values()
+        self._thread.start()
+        self._taken = [_Above(stream, self) for stream in streams if _is_terminal(stream)]
 
-    def close(self) -> None:
-        """Draw a last time; a terminal that blocks (Ctrl-S) is left behind."""
-        if self._thread.ident is None:  # it never began
-            return
-        self._over.set()
-        self._thread.join(self.PATIENCE)
-        for stand_in in self._stand_ins:
-            stand_in.leave()
-        self.terminal.release()
+    @classmethod
+    def show(cls, source: Any) -> None:
+        with cls._door:
+            if cls.current is None:
+                cls.current = cls(source)
+            elif source not in cls.current.sources:
+                cls.current.sources.append(source)
 
-    def above(self, stream: Any, text: str) -> None:
-        """Have whole lines written to `stream`, above the block. Any thread may call it."""
-        patient = threading.current_thread() is not threading.main_thread()  # that one heeds signals
+    @classmethod
+    def hide(cls, source: Any) -> None:
+        """What stays of a source becomes ordinary lines; a terminal that blocks (Ctrl-S) is left behind."""
+        with cls._door:
+            screen = cls.current
+            if screen is None or source not in screen.sources:
+                return
+            lines = source.kept(_terminal_size(screen.stream)[0])
+            with suppress(OSError, ValueError):  # the terminal is gone
+                screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line in lines), source)
+            if not screen.sources:
+                cls.current = None
+                screen._over.set()
+                screen._thread.join(cls.PATIENCE)
+                screen._give_back()
+
+    def above(self, stream: Any, text: str, leaves: Any = None) -> None:
+        """Have whole lines written to `stream`, above the block. Any thread may call it, and one of a task
+        waits where the terminal is 10,000 lines behind.
+        """
+        patient = threading.current_thread().name not in ("MainThread", "pipeloom-display")
         while patient and len(self._backlog) >= BACKLOG and self._draws and self._thread.is_alive():
             time.sleep(FRAME)
         with self._lock:
             self._backlog.append((stream, text))
+            self.sources = [source for source in self.sources if source is not leaves]
             draws = self._draws
         if not draws:
             self._write_backlog()
 
-    def _run(self) -> None:
-        error = None
+    def _work(self) -> None:
         try:
-            self._draw()
             while not self._over.wait(FRAME):
-                self._draw()
+                if _takes(self.stream):
+                    self._draw()
+            while not _takes(self.stream):
+                time.sleep(FRAME)
             self._draw()
-        except Exception as failure:  # a closed pipe, a terminal gone: the run goes on without bars
-            error = failure
-        self._end(error)
-
-    def _end(self, error: Exception | None = None) -> None:
-        """Nothing is drawn any more: lines go where they always went."""
-        with self._lock:
-            self._draws = (
-                False  # first: who waits in above() may hold the lock of a handler that is given back
-            )
-        for stand_in in self._stand_ins:
-            stand_in.leave()
-        self._write_backlog()
-        if error is not None:
+        except Exception as error:  # a closed pipe, a terminal gone: the run goes on without bars
             logger.debug("the bars are off: %s", _describe(error))
+        with self._lock:  # first: who waits in above() may hold the lock of a handler
+            self._draws = False
+        self._give_back()
+        self._write_backlog()
+
+    def _give_back(self) -> None:
+        for above in self._taken:
+            above.leave()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
-        lines = self._lines(self._bars(height - 1), width, self.style)
-        rows = sum(max(1, -(-cells // width)) for cells in self._drawn)  # a narrower window folds them
-        self._write(self.stream, "\r" + "\x1b[A\x1b[2K" * rows)  # line by line: \x1b[J fills tmux's history
-        self._write_backlog()
-        self._drawn = [cells for _, cells in lines]
-        self._write(self.stream, "\x1b[?7l" + "".join(f"{line}\x1b[K\r\n" for line, _ in lines) + "\x1b[?7h")
+        with self._lock:  # the lines that a source leaves, and that it is gone, are seen together
+            sources, backlog, self._backlog = self.sources, self._backlog, []
+        lines: list[str] = []
+        for left, source in zip(range(len(sources), 0, -1), sources):
+            lines += source.lines(width, (height - 1 - len(lines)) // left)
+        erase = self.erased(width)
+        self._drawn = len(lines), width - 1
+        frame = "\x1b[?7l" + "".join(f"{line}\x1b[K\r\n" for line in lines) + "\x1b[?7h"
+        self._write([(self.stream, erase), *backlog, (self.stream, frame)])
+
+    def erased(self, width: int) -> str:
+        """What erases the block, for who writes to the terminal himself."""
+        (number, cells), self._drawn = self._drawn, (0, 0)
+        rows = number * max(1, -(-cells // width))  # a narrower window folds them
+        return "\r" + "\x1b[A\x1b[2K" * rows  # line by line: \x1b[J fills tmux's history
 
     def _write_backlog(self) -> None:
         with self._lock:
             backlog, self._backlog = self._backlog, []
-        for stream, text in backlog:
-            self._write(stream, text)
+        self._write(backlog)
 
-    def _write(self, stream: Any, text: str) -> None:
-        stream.write(text.encode(self.style.encoding, "replace").decode(self.style.encoding))
-        stream.flush()
+    def _write(self, pieces: list[tuple[Any, str]]) -> None:
+        """In as few writes as possible: a frame is never seen half."""
+        for stream, group in groupby(pieces, itemgetter(0)):
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            text = "".join(piece for _, piece in group).encode(encoding, "replace").decode(encoding)
+            type(stream).write(stream, text)  # past _Above
+            type(stream).flush(stream)
 
 
 class _Above:
-    """Stands in for sys.stdout or sys.stderr while bars are up, so that a print or a log tears nothing."""
+    """Takes the place of write() of a terminal's stream while bars are up, so that a print tears nothing.
 
-    def __init__(self, name: str, screen: _Screen) -> None:
-        self._name, self._screen = name, screen
-        self._stream = getattr(sys, name)
+    In the stream itself: logging handlers, and whoever else has kept it, write above the bars as well. Any
+    thread enters it; each has a half line of its own, so that there is nothing to guard.
+    """
+
+    def __init__(self, stream: Any, screen: _Screen) -> None:
+        self._stream, self._screen = stream, screen
         self._halves: dict[int, str] = {}  # half lines, by thread: print() writes in pieces
         self._pid = os.getpid()
-        self._replace(self._stream, self)
+        stream.write, stream.flush = self._take, lambda: None  # to flush is to wait for the screen's thread
 
-    def _replace(self, old: Any, new: Any) -> None:
-        """In sys, and in the handlers that were made before, as by logging.basicConfig()."""
-        if getattr(sys, self._name) is old:
-            setattr(sys, self._name, new)
-        for log in [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]:
-            for handler in getattr(log, "handlers", ()):
-                if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-                    handler.setStream(new)
-
-    def write(self, text: str) -> int:
+    def _take(self, text: str) -> int:
         if os.getpid() != self._pid:  # a forked child has the bars' lines, but not their thread
+            self._halves.clear()
+            self.leave()
             return int(self._stream.write(text))
         me = threading.get_ident()
         lines, newline, half = (self._halves.pop(me, "") + text).rpartition("\n")
-        if half:
-            self._halves[me] = half
+        if half:  # of one that is written over and over, as by tqdm, the last
+            self._halves[me] = re.sub(r"[^\r]*\r(?=[^\r])", "", half)
         if newline:
             self._screen.above(self._stream, lines + newline)
         return len(text)
 
-    def flush(self) -> None:
-        """Half a line waits for its end."""
-
     def leave(self) -> None:
-        """Give the stream back; who has kept this object writes on as before. Idempotent."""
-        self._replace(self, self._stream)
+        """Give the stream back. Idempotent."""
+        for name in ("write", "flush"):
+            vars(self._stream).pop(name, None)
         halves, self._halves = self._halves, {}
         for half in halves.values():
             self._screen.above(self._stream, half + "\n")
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+
+def _takes(stream: Any, seconds: float = 0.0) -> bool:
+    """Whether a short write would not block, as far as the system can tell: Windows cannot.
+
+    It would if nobody reads the pipe, or after Ctrl-S. Who is stuck in a write holds the stream's lock, and
+    perhaps a logging handler's, and the process waits for both at its exit.
+    """
+    from select import select
+
+    try:
+        return bool(select([], [stream.fileno()], [], seconds)[1])
+    except (AttributeError, OSError, ValueError):
+        return True
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -1794,15 +2053,15 @@ class _PlainConsole:
     log = print
 
 
-def _display_of(progress: Any) -> Any:
+def _display_of(progress: Any) -> Progress:
     """The display that `progress=` asks for."""
     if progress == "auto":
         progress = _best_display()
     if progress == "rich" and _rich_console() is None:
         raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
     kinds: dict[str, Callable[[], Progress]] = {
-        "rich": lambda: _TerminalBars(_rich_lines),
-        "ansi": lambda: _TerminalBars(_lines),
+        "rich": lambda: _TerminalBars(_Style(sys.stderr, rich=True)),
+        "ansi": lambda: _TerminalBars(_Style(sys.stderr)),
         "log": _LogLines,
         "none": Progress,
     }
@@ -1814,7 +2073,7 @@ def _display_of(progress: Any) -> Any:
     missing = [name for name in ("start", "update", "stop") if not callable(getattr(progress, name, None))]
     if missing:
         raise UsageTypeError(f"progress={progress!r} has no method {missing[0]}(); see pipeloom.Progress")
-    return _Aside(progress)
+    return progress  # type: ignore[no-any-return]
 
 
 def _best_display() -> str:
@@ -1830,17 +2089,15 @@ def _best_display() -> str:
 
 
 class _AnsiProgress:
-    """Rich's Progress where that is missing; all started ones share a block. Any thread may call it."""
-
-    _shown: list[_AnsiProgress] = []
-    _screen: _Screen | None = None
-    _show_lock = threading.Lock()  # guards these two
+    """Rich's Progress where that is missing; what is started shares the block with all others. Any thread may
+    call it; its lock guards a bar's change, as two may advance it.
+    """
 
     def __init__(self, transient: bool = False) -> None:
         self.tasks: dict[int, _Bar] = {}
-        self._transient = transient
+        self.transient = transient
         self._ids = count()
-        self._lock = threading.Lock()  # guards a bar's change: two threads may advance it
+        self._lock = threading.Lock()
 
     def add_task(self, description: str, total: float | None = 100, completed: float = 0, **_: Any) -> int:
         """Add a bar; returns its id, which may be 0."""
@@ -1866,34 +2123,23 @@ class _AnsiProgress:
     def remove_task(self, task_id: int) -> None:
         self.tasks.pop(task_id, None)
 
-    def refresh(self) -> None:
-        """For Rich's users; the bars are drawn ten times a second anyway."""
+    def lines(self, width: int, room: int) -> list[str]:
+        return _lines(list(self.tasks.copy().values()), width, _Style(sys.stderr))[:room]
 
     def start(self) -> None:
         """Show the bars until stop()."""
-        with self._show_lock:
-            if self not in self._shown:
-                self._shown.append(self)
-            if self._screen is None and _is_terminal(sys.stderr):
-                _AnsiProgress._screen = _Screen(sys.stderr, self._bars, _lines)
+        if _is_terminal(sys.stderr):
+            _Screen.show(self)
 
     def stop(self) -> None:
         """Leave the bars on the screen as they are, or clear them if they are transient."""
-        with self._show_lock:
-            screen = self._screen
-            if self not in self._shown:
-                return
-            self._shown.remove(self)
-            if screen is not None and not self._transient:
-                lines = _lines(list(self.tasks.values()), _terminal_size(screen.stream)[0], screen.style)
-                screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line, _ in lines))
-            if screen is not None and not self._shown:
-                _AnsiProgress._screen = None
-                screen.close()
+        _Screen.hide(self)
 
-    @classmethod
-    def _bars(cls, room: int) -> list[_Bar]:
-        return [bar for progress in cls._shown.copy() for bar in progress.tasks.copy().values()][:room]
+    def refresh(self) -> None:
+        """For Rich's users; the bars are drawn ten times a second anyway."""
+
+    def kept(self, width: int) -> list[str]:
+        return [] if self.transient else self.lines(width, BACKLOG)
 
     def __enter__(self) -> _AnsiProgress:
         self.start()
@@ -1920,11 +2166,23 @@ def make_task_progress() -> Any:
 
 def _make_progress(transient: bool) -> Any:
     console = _rich_console()
-    if not hasattr(console, "_live_stack"):  # no Rich, or one from before 14.1, which cannot show two at once
+    if console is None:
         return _AnsiProgress(transient)
     from rich.progress import Progress as RichProgress
 
-    return RichProgress(console=console, transient=transient)
+    class OnScreen(RichProgress):
+        """Rich's Progress, drawn by our screen and not by a Live of its own."""
+
+        start, stop, refresh, kept = map(
+            partial(getattr, _AnsiProgress), ("start", "stop", "refresh", "kept")
+        )
+
+        def lines(self, width: int, room: int) -> list[str]:
+            return _made_by_rich(self.get_renderable(), max(width - 1, 1))[:room]
+
+    progress: Any = OnScreen(console=console)
+    progress.transient = transient
+    return progress
 
 
 def preregister_task_bars(progress: Any, num_tasks: int) -> dict[int, Any]:
@@ -1955,47 +2213,58 @@ class _TaskBars(Progress):
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what sys.stderr is at that moment: while bars are up, that puts lines above them."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
+    stream = property(lambda _: sys.stderr, lambda *_: None)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if getattr(record, "event", "") == "failed" and _is_terminal(self.stream):
+            style, room = _Style(self.stream), _terminal_size(self.stream)[0] - 1
+            text = style.paint("31", _fit(text, min(_width(text), room), style.dots, part=0.3))
+        return text
+
+
+@lru_cache(None)
+def _log_handler(level: int = logging.WARNING) -> _LogHandler:
+    handler = _LogHandler()
+    handler.setLevel(level)
+    handler.addFilter(lambda record: getattr(record, "event", "") != "summary")  # said on stderr already
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%H:%M:%S"))
+    return handler
 
 
 class _LogFile(logging.FileHandler):
     def handleError(self, _: logging.LogRecord) -> None:
-        """A full disk, most likely: said once."""
-        root = logging.getLogger()
-        if self in root.handlers:
-            root.removeHandler(self)
+        if not self.filters:  # a full disk, most likely: said once
+            self.addFilter(lambda _: False)
             logger.warning("the log file %r gets no more lines: %s", self.baseFilename, sys.exc_info()[1])
-            with suppress(OSError):
-                self.close()
 
 
 def _remove_handlers() -> None:
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "_pipeloom", False)]:
-        root.removeHandler(handler)
-        handler.close()
+    for log in (logging.getLogger(), logger):
+        for handler in [h for h in log.handlers if isinstance(h, (_LogHandler, _LogFile))]:
+            log.removeHandler(handler)
+            handler.close()
 
 
 def setup_logging(verbose: int, log_file: Any = None) -> None:
     """Show log lines of level WARNING (0), INFO (1) or DEBUG (2 and more) on stderr, above the bars.
 
-    `log_file` gets them too, as plain lines with a time. Call it again to change either.
+    `log_file` gets them too, as plain lines with a date, and our INFO lines in any case: retries, and how
+    a run ended. A program whose root logger has handlers keeps its logging: then this concerns only the
+    logger "pipeloom". Call it again to change either.
     """
     level = logging.WARNING if verbose <= 0 else logging.INFO if verbose == 1 else logging.DEBUG
-    root = logging.getLogger()
     _remove_handlers()
-    handlers: list[logging.Handler] = [_LogHandler()]
-    handlers[0].setFormatter(logging.Formatter("%(levelname)-8s %(message)s"))
+    theirs = logging.getLogger().handlers
+    home = logger if theirs else logging.getLogger()
+    if not any(hasattr(h, "console") or getattr(h, "stream", 0) in (sys.stdout, sys.stderr) for h in theirs):
+        home.addHandler(_log_handler(level))
     if log_file:
-        handlers.append(_LogFile(log_file, encoding="utf-8"))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(name)s] %(message)s"))
-    for handler in handlers:
-        handler._pipeloom = True  # type: ignore[attr-defined]
-        root.addHandler(handler)
-    root.setLevel(level)
-    logger.setLevel(level)
+        file = _LogFile(log_file, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(name)s] %(message)s"))
+        home.addHandler(file)
+    home.setLevel(level)
+    logger.setLevel(min(level, logging.INFO) if log_file else level)
 
 
 # ---- Task and context: what a worker may do ------------------------------------------------------------
@@ -2020,13 +2289,11 @@ class TaskContext:
     sends. `lock` guards `held` and `closed`; the open group is its own thread's.
     """
 
+    __slots__ = (
+        "_group", "_held_rows", "_terms", "_thread", "attempt", "closed", "held", "name", "news", "reason",
+        "task", "task_id",
+    )  # fmt: skip
     lock: Any = nullcontext()  # nobody else is there, in another process
-    closed = False  # its end is on its way, and nothing is accepted any more
-    reason: str | None = None  # why the task is to stop
-    news: Any = None  # the newest progress
-    _held_rows = 0
-    _thread = 0  # that runs the function
-    _group = _NO_GROUP  # consecutive statements with the same SQL: that, and their rows
 
     def __init__(self, terms: _Terms, task: Any, task_id: int, name: str, attempt: int = 1) -> None:
         self._terms = terms
@@ -2034,7 +2301,13 @@ class TaskContext:
         self.task_id = task_id
         self.name = name
         self.attempt = attempt  #: 1 for the first go, 2 for the first retry
+        self.closed = False  # its end is on its way, and nothing is accepted any more
+        self.reason: str | None = None  # why the task is to stop
+        self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
+        self._held_rows = 0
+        self._thread = 0  # that runs the function
+        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, and their rows
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
@@ -2184,8 +2457,10 @@ class TaskContext:
             self.held.append(message)
             before, self._held_rows = self._held_rows, self._held_rows + rows
         if before < MANY_ROWS <= before + rows:
-            told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
-            self.tell(logging.WARNING, told, self.name, before + rows)
+            self.tell(
+                logging.WARNING, "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
+                self.name, before + rows,
+            )  # fmt: skip
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         """Log a line."""
@@ -2237,21 +2512,25 @@ class _Attempt(TaskContext):
     the beginning and the end as well: who comes first decides, see Channel.put().
     """
 
-    started_at = ""  # until it starts
-    has_news = False  # and that is on its way to the writer
-    rejected = False  # a message of this attempt was bad
-    abandoned = False  # its thread is left to itself, and ends when the function returns, if ever
-    lost = False  # how it ended could not be said, for lack of memory most likely
-    thread: threading.Thread | None = None  # that runs it, while a deadline may end it
-    on_cancel: Callable[[], object] | None = None  # wakes what it waits for
-    trouble = _NO_TROUBLE  # of this attempt; before it starts, of the one before
+    __slots__ = (
+        "abandoned", "has_news", "lock", "lost", "on_cancel", "rejected", "run", "stage", "started_at", "thread",
+        "trouble",
+    )  # fmt: skip
 
     def __init__(
         self, run: _Run, stage: _Stage, task: Any, task_id: int, name: str, attempt: int = 1
     ) -> None:
-        super().__init__(stage.terms, task, task_id, name, attempt)
+        TaskContext.__init__(self, stage.terms, task, task_id, name, attempt)
         self.run, self.stage = run, stage
         self.lock = threading.Lock()
+        self.started_at = ""  # until it starts
+        self.has_news = False  # and that is on its way to the writer
+        self.rejected = False  # a message of this attempt was bad
+        self.abandoned = False  # its thread is left to itself, and ends when the function returns, if ever
+        self.lost = False  # how it ended could not be said, for lack of memory most likely
+        self.thread: threading.Thread | None = None  # that runs it, while a deadline may end it
+        self.on_cancel: Callable[[], object] | None = None  # wakes what it waits for
+        self.trouble = _NO_TROUBLE  # of this attempt; before it starts, of the one before
 
     def sleep(self, seconds: float) -> None:
         woken, before = threading.Event(), self.on_cancel
@@ -2281,7 +2560,7 @@ class _Attempt(TaskContext):
         return None
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
-        self.run.watch.tell(level, told, *arguments)
+        self.run.display.tell(level, told, *arguments)
 
     def begin(self) -> bool:
         """Start, in the thread that calls this; False if it was cancelled before."""
@@ -2464,23 +2743,6 @@ def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] =
         )
 
 
-class _Bell:
-    """Wakes its one sleeper: the lock is free after a ring. Any thread, and a signal handler, may ring."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        try:
-            self._lock.release()
-        except RuntimeError:  # it has rung already, and nobody has heard it yet
-            return
-
-    def wait(self, seconds: float) -> None:
-        self._lock.acquire(timeout=seconds)
-
-
 def _call_with_task(function: Any, ctx: TaskContext) -> object:
     return function(ctx.task, ctx)  # as run_pipeline's worker_fn
 
@@ -2526,8 +2788,10 @@ class _Declared:
         """What its tasks are made of; calls the user's code."""
         items = self.source() if callable(self.source) else self.source
         if not hasattr(items, "__iter__") or _is_path(items):
-            what = f"each= of task {self.name!r} gives {items!r}"
-            raise UsageTypeError(f"{what}; expected an iterable of items")
+            raise UsageTypeError(
+                f"each= of task {self.name!r} gives {items!r}"
+                "; expected an iterable of items"
+            )
         return items
 
 
@@ -2679,8 +2943,10 @@ class _Roster:
 
     def _find_id(self, id: int, name: str) -> tuple[int, int | None]:
         if not self._take(id):
-            what = f"task_id {id} of task {name!r} is another task's in this run"
-            raise UsageError(f"{what}; give each its own")
+            raise UsageError(
+                f"task_id {id} of task {name!r} is another task's in this run"
+                "; give each its own"
+            )
         self._next_id = max(self._next_id, id + 1)
         for _, status, run_id in self._ask(FIND_ID, id) if self._resume and id <= self.old else ():
             return id, self._done_in(status, run_id)
@@ -2720,68 +2986,51 @@ class _Roster:
 
 
 class _Timer(threading.Thread):
-    """What is to happen later, retries and deadlines: a heap of [when, number, action] under its own lock.
+    """What is to happen later: retries and deadlines. Any thread may add to it.
 
-    Any thread may add to it. What an action raises is kept in `fault`, and `ended` is called.
+    What an action raises is kept in `fault`, and `ended` is called.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(self, ended: Callable[[], object]) -> None:
         super().__init__(name="pipeloom-timer", daemon=True)
-        self._lock = threading.Lock()  # guards the heap
+        self._schedule = scheduler(self.clock)  # which has a lock of its own
+        self._numbers = count()  # as priorities: before 3.10 cancel() takes events of one time for the same
+        self._wakes_at = 0.0
         self._bell = _Bell()
-        self._heap: list[list[Any]] = []
-        self._numbers = count()
-        self._called_off = 0  # entries whose action is None
-        self._over = False
         self._ended = ended
+        self.is_over = False
         self.fault: BaseException | None = None
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._schedule.queue)
 
-    def after(self, delay: float, action: Callable[[], object]) -> list[Any]:
+    def after(self, delay: float, action: Callable[[], object]) -> Any:
         """Have an action called in this thread; returns what call_off() takes."""
-        entry = [self.clock() + delay, next(self._numbers), action]
-        with self._lock:
-            heappush(self._heap, entry)
-            is_first = self._heap[0] is entry
-        if is_first:
+        event = self._schedule.enter(delay, next(self._numbers), action)
+        if event.time < self._wakes_at:
             self.look()
-        return entry
+        return event
 
-    def call_off(self, entry: list[Any]) -> None:
-        with self._lock:
-            entry[2] = None
-            self._called_off += 1
-            if self._called_off > 100 + len(self._heap) // 2:  # deadlines of tasks that were in time
-                self._heap = [entry for entry in self._heap if entry[2] is not None]
-                heapify(self._heap)
-                self._called_off = 0
+    def call_off(self, event: Any) -> None:
+        with suppress(ValueError):  # it is happening
+            self._schedule.cancel(event)
 
     def look(self) -> None:
-        """Have it look at the clock."""
-        self._bell.ring()
-
-    def stop(self) -> None:
-        self._over = True
+        """Have it look at the clock, and whether it is over."""
         self._bell.ring()
 
     def step(self) -> float:
         """Do what is due; returns the seconds until the next."""
-        while True:
-            with self._lock:
-                left = self._heap[0][0] - self.clock() if self._heap else threading.TIMEOUT_MAX
-                if left > 0 or self._over:
-                    return min(left, threading.TIMEOUT_MAX)
-                action = heappop(self._heap)[2]
-            if action is not None:
-                action()
+        self._wakes_at = float("inf")  # first: what is added from here on rings
+        left = min(self._schedule.run(blocking=False) or threading.TIMEOUT_MAX, threading.TIMEOUT_MAX)
+        self._wakes_at = self.clock() + left
+        return left
 
     def run(self) -> None:
         try:
-            while not self._over:
+            while not self.is_over:
                 self._bell.wait(self.step())
         except BaseException as error:  # for the calling thread, which would wait for ever
             self.fault = error
@@ -2910,8 +3159,10 @@ class _Crew:
             except PipeloomError:
                 if not number:
                     raise
-                told = "only %d of %d workers start: the system has no more threads (ulimit -u)"
-                self._run.watch.tell(logging.WARNING, told, number, self.size)
+                self._run.display.tell(
+                    logging.WARNING, "only %d of %d workers start: the system has no more threads (ulimit -u)",
+                    number, self.size,
+                )  # fmt: skip
                 break
 
     def _start_one(self) -> None:
@@ -2967,7 +3218,8 @@ class _Crew:
 
     def dismiss(self, has_waited: Callable[[float], bool]) -> None:
         """Have all end when what they do has ended; a task that hangs is left behind."""
-        self.timer.stop()
+        self.timer.is_over = True
+        self.timer.look()
         self.ready.put(None)
         began = time.monotonic()
         for thread in (*self._threads, self.timer, self._loop.close()):
@@ -2991,10 +3243,11 @@ class _Crew:
                 self._attempt(ctx)
             except WriterFailed:
                 return None
-            except BaseException:  # no memory, most likely: the calling thread says so
+            except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
                 if ctx is not None:
                     ctx.lost = self.has_lost = True
-                    self._run.wake.ring()
+            if self.has_lost:
+                self._run.wake.ring()
             if ctx is not None and ctx.abandoned:
                 return None
 
@@ -3053,8 +3306,9 @@ class _Crew:
     def _fail(self, ctx: _Attempt, error: BaseException) -> None:
         if ctx.closed:
             level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
-            told = "task %r raised after its finish, which counts: %s"
-            return ctx.tell(level, told, ctx.name, _describe(error))
+            return ctx.tell(
+                level, "task %r raised after its finish, which counts: %s", ctx.name, _describe(error)
+            )
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
         ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
@@ -3071,15 +3325,16 @@ class _Crew:
                 return  # the function has just returned
             ctx.abandoned = True
         if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
-            told = "task %r has ended, but its function goes on: it %s"
-            ctx.tell(logging.WARNING, told, ctx.name, text)
+            ctx.tell(logging.WARNING, "task %r has ended, but its function goes on: it %s", ctx.name, text)
         else:
             ctx.trouble = _Trouble(TimeoutError(text), _stack_of(thread), text)
         try:
             self._start_one()
         except PipeloomError:
-            told = "no thread starts in place of the one of task %r; %d workers are left"
-            ctx.tell(logging.WARNING, told, ctx.name, len(self._threads) - 1)
+            ctx.tell(
+                logging.WARNING, "no thread starts in place of the one of task %r; %d workers are left",
+                ctx.name, len(self._threads) - 1,
+            )  # fmt: skip
         self._threads.discard(thread)  # nobody waits for it; not sooner, as then none might seem to be left
         ctx.cut_off(ERROR, text)
         ctx.cancel(text)
@@ -3089,8 +3344,12 @@ def _start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        what = f"the system starts no thread for the {thread.name.partition('-')[2]}: {error}"
-        raise PipeloomError(f"{what}; raise its limit (ulimit -u), or end other programs") from error
+        if error.__context__ is not None:  # a stray exception's doing
+            raise
+        raise PipeloomError(
+            f"the system starts no thread for the {thread.name.partition('-')[2]}: {error}"
+            "; raise its limit (ulimit -u), or end other programs"
+        ) from error
 
 
 def _awaited(ctx: _Attempt, future: Any) -> Any:
@@ -3208,7 +3467,8 @@ class _Tally:
         self.first_error: BaseException | None = None  # that a worker let escape
         self.failure: BaseException | None = None  # that ended the run
 
-    def failed(self, ctx: _Attempt, message: str) -> None:
+    def failed(self, ctx: _Attempt, message: str) -> int:
+        """Count a failure; returns how many of its cause there are."""
         cause = ctx.trouble.cause or message
         if cause not in self.causes and len(self.causes) >= FAILURES_KEPT:
             cause = "other causes"
@@ -3216,6 +3476,7 @@ class _Tally:
             self.failures.append(Failure(ctx.name, message, ctx.trouble.traceback, cause))
         self.causes[cause] = self.causes.get(cause, 0) + 1
         self.first_error = self.first_error or ctx.trouble.error
+        return self.causes[cause]
 
     def result(self, run_id: int | None, unpulled: int) -> RunResult:
         done, error, cancelled, skipped = self.counts.values()
@@ -3364,7 +3625,7 @@ class _Run:
         self.wake = _Bell()
         self.channel, self.tally, self.ends = Channel(), _Tally(), _Ends()
         self.signals = _Signals(self.stop)
-        self.watch = _Watch(o["progress"])
+        self.display = _Display(o["progress"])
         chosen = {name: o[name] for name in WRITER_OPTIONS}
         self.writer = SQLiteWriter(db_path, self.channel, run=self, **chosen)
         path, kinds = self.writer.store.path, self.writer.kinds
@@ -3407,7 +3668,7 @@ class _Run:
     def show_counts(self) -> None:
         """Tell our displays, and the database, what becomes known while the run is on."""
         total, run_id = self.graph.total(), self.writer.status.run_id
-        if self.watch.tell_counts(total, self.tally.counts["skipped"]) and run_id is not None:
+        if self.display.know(total, self.tally.counts["skipped"]) and run_id is not None:
             self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
 
     def result(self) -> RunResult:
@@ -3423,22 +3684,23 @@ class _Run:
             self.writer.store.files[lock.path] = os.stat(lock.path)
         self.ends.add(self.signals.restore)
         self.signals.install()
-        self.ends.add(lambda: self.watch.stop(self.result()))
+        self.ends.add(lambda: self.display.stop(self.result()))
+        self.display.open()
         self.ends.add(self._end_writer)
         _start(self.writer)
         while not self.writer.opened:  # it opens, or fails, within busy_timeout
             self._check()
             self.wake.wait(POLL)
         if shown == ":memory:":
-            told = "the database is :memory:, so that nothing is left of it after the run"
-            self.watch.tell(logging.WARNING, told)
-        self.watch.tell(logging.INFO, "database %r is open; %d workers start", shown, self.crew.size)
+            self.display.tell(
+                logging.WARNING, "the database is :memory:, so that nothing is left of it after the run"
+            )
+        self.display.tell(logging.INFO, "database %r is open; %d workers start", shown, self.crew.size)
         ids = dict(chain.from_iterable(stage.declared.ids.items() for stage in self.graph.stages))
         roster = _Roster(self.writer, self.options["resume"], ids, self._is_out_of_patience)
         self.ends.add(roster.close)  # before the writer's last checkpoint, which then leaves no side files
         intake = self.intake = _Intake(self, roster)
-        if self.watch.start(self.graph.total()):
-            self.writer.display = self.watch.display
+        self.writer.shows = self.display.start(self.graph.total())
         self.ends.add(self._dismiss)
         with self.graph.lock:
             self.graph.start()
@@ -3477,7 +3739,7 @@ class _Run:
             for ctx, status, message in ended:
                 if status == QUEUED:
                     delay = self.crew.retry(ctx, message)
-                    self.watch.tell(logging.INFO, "task %r: %s; again in %.1f s", ctx.name, message, delay)
+                    self.display.tell(logging.INFO, "task %r: %s; again in %.1f s", ctx.name, message, delay)
                     continue
                 stage = ctx.stage
                 self.crew.live.pop(ctx.task_id, None)
@@ -3494,7 +3756,9 @@ class _Run:
         place = ctx.stage.place
         place.spoiled = place.spoiled or f"{ctx.name!r} {how}"
         if status == ERROR:
-            self.tally.failed(ctx, message)
+            number = self.tally.failed(ctx, message)
+            line = ctx.trouble.cause.partition(" at ")[2].partition(",")[0]
+            self.display.failed(ctx.name, message, line, number)
             if self.options["fail_fast"]:
                 self.stop(f"not started: fail_fast, and {ctx.name!r} failed")
 
@@ -3513,8 +3777,10 @@ class _Run:
         if urgency > heeded == 0:
             running = sum(ctx.started_at > "" for ctx in list(self.crew.live.values()))
             what = f"{running} running task{'s' * (running != 1)} will finish first" * (running > 0)
-            told = "%s: nothing new starts%s (again: leave now)"
-            self.watch.tell(logging.WARNING, told, self.signals.name(), what and f"; {what}")
+            self.display.tell(
+                logging.WARNING, "%s: nothing new starts%s (again: leave now)",
+                self.signals.name(), what and f"; {what}",
+            )  # fmt: skip
         if urgency > 1:
             self.crew.leave("interrupted")
         return urgency
@@ -3688,8 +3954,10 @@ class Pipeline:
             return partial(self.task, **options)
         declared = _declared(function, each, name)
         if declared.name in self._declared:
-            what = f"two tasks are named {declared.name!r}"
-            raise UsageError(f"{what}; give one of them another name, as with name=")
+            raise UsageError(
+                f"two tasks are named {declared.name!r}"
+                "; give one of them another name, as with name="
+            )
         _check_options("a task", options, STAGE_OPTIONS)
         declared.options, declared.even_if_failed = options, even_if_failed
         declared.after = list(after) if isinstance(after, (list, tuple, set, frozenset)) else [after]
@@ -3757,11 +4025,15 @@ def _declared(function: Any, each: Any, name: Any) -> _Declared:
         raise UsageTypeError(f"task({function!r}): expected a function; options are named, as in each=")
     own = name if isinstance(name, str) else getattr(function, "__name__", type(function).__name__)
     if not (name is None or (isinstance(name, str) and name) or (callable(name) and each is not None)):
-        what = f"name={name!r} of task {own!r}"
-        raise UsageTypeError(f"{what}: expected a str, or a function of its each= item")
+        raise UsageTypeError(
+            f"name={name!r} of task {own!r}"
+            ": expected a str, or a function of its each= item"
+        )
     if each is not None and (_is_path(each) or not (callable(each) or hasattr(each, "__iter__"))):
-        what = f"each={each!r} of task {own!r}"
-        raise UsageTypeError(f"{what}: expected an iterable, or a function that makes one")
+        raise UsageTypeError(
+            f"each={each!r} of task {own!r}"
+            ": expected an iterable, or a function that makes one"
+        )
     _check_function(f"the function of task {own!r}", function, *["ctx", "item"][: 1 + (each is not None)])
     if each is None:
         return _Declared(_text(own), function, _call_alone, (None,))
@@ -3910,7 +4182,7 @@ def _end_program(command: Callable[[], int]) -> NoReturn:
 def _say(text: str) -> None:
     """A line to stderr, if there is one: it may be closed, full, or a pipe that nobody reads."""
     try:
-        if sys.stderr is not None:
+        if sys.stderr is not None and _takes(sys.stderr, READER_PATIENCE):
             print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         logger.debug("stderr is gone")
@@ -3931,8 +4203,10 @@ def _setup_logging_of(args: Any) -> None:
     try:
         setup_logging(getattr(args, "verbose", 0), log_file)
     except OSError as error:
-        what = f"--log-file {log_file!r} cannot be written"
-        raise UsageError(f"{what}: {error.strerror}; name another") from error
+        raise UsageError(
+            f"--log-file {log_file!r} cannot be written"
+            f": {error.strerror}; name another"
+        ) from error
 
 
 @contextmanager
@@ -3967,10 +4241,11 @@ def _show_stacks(*_: Any) -> None:
     from traceback import format_stack
 
     names = {thread.ident: thread.name for thread in threading.enumerate()}
+    text = _Screen.current.erased(_terminal_size(sys.stderr)[0]) if _Screen.current else ""
     for ident, frame in sys._current_frames().items():
-        text = f"Thread {names.get(ident, ident)}:\n{''.join(format_stack(frame))}"
-        with suppress(OSError):
-            os.write(2, text.encode("utf-8", "backslashreplace"))
+        text += f"Thread {names.get(ident, ident)}:\n{''.join(format_stack(frame))}"
+    with suppress(OSError):
+        os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
 def _new_parser(prog: str, description: str) -> Any:
@@ -4146,39 +4421,6 @@ def _import_target(place: str) -> Any:
     return module
 
 
-class _Watch:
-    """The display of a run: whatever it raises, even SystemExit, the run goes on. For the calling thread."""
-
-    def __init__(self, progress: Any) -> None:
-        self.display = _display_of(progress)
-        self._started = False
-        self._total: int | None = None  # as it was told last
-        self.tell = logger.log
-
-    def start(self, total: int | None) -> bool:
-        try:
-            self._total = total
-            self.display.start(total)
-            self._started = True
-        except BaseException as error:
-            logger.warning("the progress display failed and is off: %s", _describe(error))
-        return self._started and type(self.display) is not Progress
-
-    def tell_counts(self, total: int | None, skipped: int) -> bool:
-        """What becomes known while the run is on, for our displays; returns whether the total is new."""
-        if isinstance(self.display, _Board):
-            self.display.total, self.display.counts["skipped"] = total and total - skipped, skipped
-        before, self._total = self._total, total
-        return total != before
-
-    def stop(self, result: RunResult) -> None:
-        try:
-            if self._started:
-                self.display.stop(result)
-        except BaseException as error:
-            logger.warning("the progress display failed at its end: %s", _describe(error))
-
-
 class _Session:
     """What the command line adds to the runs that a program starts: options that win, and a summary."""
 
@@ -4263,9 +4505,7 @@ def _names_of(declared: _Declared) -> Iterator[str]:
 
 
 def _summary(path: str, result: RunResult) -> str:
-    rest = {"skipped": result.skipped, "failed": result.error, "cancelled": result.cancelled}
-    parts = [f"{result.done:,} done", *(f"{number:,} {word}" for word, number in rest.items() if number)]
-    lines = [f"{', '.join(parts)} in {result.elapsed:.1f} s; database {path}"]
+    lines = [f"{_in_words(result)} in {result.elapsed:.1f} s; database {path}"]
     if result.error:
         plural = "s" if len(result.causes) != 1 else ""
         lines.append(f"{result.error:,} failed, {len(result.causes):,} cause{plural}:")
