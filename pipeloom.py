@@ -670,7 +670,8 @@ class Channel:
         self._bare = source is not None
         self._limit = limit
         self._rows = 0  # in the messages, which count as well: what waits here stays small
-        self._room = threading.Condition()  # guards `_rows`
+        self._lock = threading.Lock()  # guards `_rows`
+        self._room = threading.Condition(self._lock)
         self._unsettled = 0  # taken from a plain queue, and not committed yet
         self._ended = False
         self.failure: BaseException | None = None
@@ -690,7 +691,7 @@ class Channel:
         if self.failure is not None:
             raise self.failure
         if rows:
-            with self._room:
+            with self._lock:
                 self._rows += rows  # before they come; too many, if the sender is closed: see _is_full
         if sender is None:
             self._queue.put((None, message))
@@ -781,33 +782,37 @@ class _Guarded(sqlite3.Connection):
         return super().cursor(factory or _GuardedCursor)
 
     def execute(self, *arguments: Any) -> Any:
-        return self.cursor().execute(*arguments)
+        _refuse_outside(self)
+        return super().execute(*arguments)
 
     def executemany(self, *arguments: Any) -> Any:
-        return self.cursor().executemany(*arguments)
+        _refuse_outside(self)
+        return super().executemany(*arguments)
 
     def executescript(self, *arguments: Any) -> Any:
-        return self.cursor().executescript(*arguments)
+        _refuse_outside(self)
+        return super().executescript(*arguments)
 
 
 class _GuardedCursor(sqlite3.Cursor):
     def execute(self, *arguments: Any) -> Any:
-        return self._guarded(super().execute, *arguments)
+        _refuse_outside(self.connection)
+        return super().execute(*arguments)
 
     def executemany(self, *arguments: Any) -> Any:
-        return self._guarded(super().executemany, *arguments)
+        _refuse_outside(self.connection)
+        return super().executemany(*arguments)
 
     def executescript(self, *arguments: Any) -> Any:
-        return self._guarded(super().executescript, *arguments)
+        _refuse_outside(self.connection)
+        return super().executescript(*arguments)
 
-    def _guarded(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        conn: Any = self.connection
-        if conn.is_on and not conn.in_transaction:
-            raise sqlite3.OperationalError(
-                "an earlier statement has rolled the transaction back"
-                "; let the exception that it raised through"
-            )
-        return method(*arguments)
+
+def _refuse_outside(conn: Any) -> None:
+    if conn.is_on and not conn.in_transaction:
+        raise sqlite3.OperationalError(
+            "an earlier statement has rolled the transaction back; let the exception that it raised through"
+        )
 
 
 class _Store:
@@ -1323,14 +1328,21 @@ class SQLiteWriter(threading.Thread):
         if not m.many:
             self.conn.execute(m.sql, m.params)
             return
-        match, width = INSERT_VALUES.match(m.sql), m.sql.count("?")
-        if match and set(map(type, m.params)) == {tuple} and set(map(len, m.params)) == {width}:
-            _insert(self.conn, match["head"], match["row"], match["tail"], width, m.params)
+        head, row, tail, width = _insert_parts(m.sql)
+        if width and set(map(type, m.params)) == {tuple} and set(map(len, m.params)) == {width}:
+            _insert(self.conn, head, row, tail, width, m.params)
         elif MANY.match(m.sql):
             self.conn.executemany(m.sql, m.params)
         else:
             for row in m.params:
                 self.conn.execute(m.sql, row)
+
+
+@lru_cache(1_000)
+def _insert_parts(sql: str) -> tuple[str, str, str, int]:
+    """What stands before, in and after the parentheses of VALUES, and how many values they take, or 0."""
+    match = INSERT_VALUES.match(sql)
+    return (match["head"], match["row"], match["tail"], sql.count("?")) if match else ("", "", "", 0)
 
 
 def _insert(conn: sqlite3.Connection, head: str, row: str, tail: str, width: int, rows: list[Any]) -> None:
