@@ -1130,6 +1130,7 @@ class SQLiteWriter(threading.Thread):
         bars = _TaskBars(task_progress, task_bar_map or {}) if task_progress else "none"
         self._display = run.display if run else _Display(bars)
         self.shows = run is None and task_progress is not None  # messages, to the display
+        self._ring = run.wake.ring if run else int
         tell = self._display.tell
         self.store = _Store(os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, tell)
         self.status = _Status(self.store, store_task_status)
@@ -1141,9 +1142,8 @@ class SQLiteWriter(threading.Thread):
             MsgTaskStarted: self.status.started,
             MsgTaskProgress: self.status.progressed,
             MsgTaskFinished: self.status.finished,
-            MsgExecute: self._on_execute,
         }
-        for kind, handler in _checked_handlers(handlers or {}).items():
+        for kind, handler in {MsgExecute: _run_statement, **_checked_handlers(handlers or {})}.items():
             self._apply_by_type[kind] = partial(self._on_own, handler)
 
     @property
@@ -1208,10 +1208,6 @@ class SQLiteWriter(threading.Thread):
             if self._engine is None:
                 self._display.stop(None)
 
-    def _ring(self) -> None:
-        if self._engine is not None:
-            self._engine.wake.ring()
-
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end, `timeout` seconds at most; raises what made the writer fail."""
         super().join(timeout)
@@ -1219,15 +1215,8 @@ class SQLiteWriter(threading.Thread):
             raise self.error
 
     def _prepare(self) -> None:
-        """What opening does, in one transaction."""
         self.status.open(self._engine)
-        for statement in _statements(self._schema):
-            try:
-                self.conn.execute(statement)
-            except sqlite3.Error as error:
-                if _trouble(error) in PASSING:
-                    raise
-                raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; mend it") from error
+        _run_schema(self.conn, self._schema)
 
     # One batch, one transaction
 
@@ -1294,10 +1283,8 @@ class SQLiteWriter(threading.Thread):
     def _hand_over(self, message: Any) -> None:
         self.handle(message)
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
-            raise MessageRefused(
-                "a handler's statement rolled the transaction back"
-                "; let the exception that it raised through"
-            )
+            what = "a handler's statement rolled the transaction back"
+            raise MessageRefused(f"{what}; let the exception that it raised through")
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
@@ -1323,19 +1310,29 @@ class SQLiteWriter(threading.Thread):
     def _on_own(self, handler: Handler, message: Any) -> None:
         handler(self.conn, message)
 
-    def _on_execute(self, m: MsgExecute) -> None:
-        """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
-        if not m.many:
-            self.conn.execute(m.sql, m.params)
-            return
-        head, row, tail, width = _insert_parts(m.sql)
-        if width and set(map(type, m.params)) == {tuple} and set(map(len, m.params)) == {width}:
-            _insert(self.conn, head, row, tail, width, m.params)
-        elif MANY.match(m.sql):
-            self.conn.executemany(m.sql, m.params)
-        else:
-            for row in m.params:
-                self.conn.execute(m.sql, row)
+
+def _run_schema(conn: sqlite3.Connection, script: str) -> None:
+    for statement in _statements(script):
+        try:
+            conn.execute(statement)
+        except sqlite3.Error as error:
+            if _trouble(error) in PASSING:
+                raise
+            raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
+
+
+def _run_statement(conn: sqlite3.Connection, m: MsgExecute) -> None:
+    """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
+    head, values, tail, width = _insert_parts(m.sql)
+    if not m.many:
+        conn.execute(m.sql, m.params)
+    elif width and set(map(type, m.params)) == {tuple} and set(map(len, m.params)) == {width}:
+        _insert(conn, head, values, tail, width, m.params)
+    elif MANY.match(m.sql):
+        conn.executemany(m.sql, m.params)
+    else:
+        for row in m.params:
+            conn.execute(m.sql, row)
 
 
 @lru_cache(1_000)
@@ -2245,10 +2242,7 @@ def _log_handler(level: int = logging.WARNING) -> _LogHandler:
 
 
 class _LogFile(logging.FileHandler):
-    def handleError(self, _: logging.LogRecord) -> None:
-        if not self.filters:  # a full disk, most likely: said once
-            self.addFilter(lambda _: False)
-            logger.warning("the log file %r gets no more lines: %s", self.baseFilename, sys.exc_info()[1])
+    """Known by its class, so that another call of setup_logging() removes it."""
 
 
 def _remove_handlers() -> None:
@@ -2290,15 +2284,13 @@ _NO_GROUP: tuple[Any, list[Any]] = (object(), [])
 
 
 class TaskContext:
-    """What a worker gets as its queue: what its task may do. For the thread that runs the task, and others.
+    """What a worker gets as its queue: what its task may do. For the thread that runs the task, and those it
+    starts, until it ends.
 
     Rows and messages that it sends are kept here and stored together with the finish, if and only if the
     task is done; with atomic=False they are sent on as they come. Everything that sends raises TaskCancelled
-    once the task is to stop, and WriterFailed once nothing can be stored any more. Threads that the task
-    starts may send, too, until it ends; their rows take a slower way.
-
-    This class only gathers, which is all there is in a process of executor=; where the run is, an _Attempt
-    sends. `lock` guards `held` and `closed`; the open group is its own thread's.
+    once the task is to stop, and WriterFailed once nothing can be stored. This class only gathers, as in a
+    process of executor=; an _Attempt sends. `lock` guards `held` and `closed`; the group is one thread's.
     """
 
     __slots__ = (
@@ -2317,8 +2309,7 @@ class TaskContext:
         self.reason: str | None = None  # why the task is to stop
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
-        self._held_rows = 0
-        self._thread = 0  # that runs the function
+        self._held_rows = self._thread = 0  # how many rows; which thread runs the function
         self._group = _NO_GROUP  # consecutive statements with the same SQL: that, and their rows
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
@@ -2349,9 +2340,7 @@ class TaskContext:
         else:
             self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
 
-    def put_nowait(self, message: Any) -> None:
-        """The same, for code that treats the context as a queue."""
-        self.put(message)
+    put_nowait = put  # for code that treats the context as a queue
 
     def progress(self, step: float, total: float | None = None, message: str = "") -> None:
         """Say how far the task is; cheap enough for every step, as only the newest is stored and shown."""
@@ -2444,8 +2433,7 @@ class TaskContext:
         self.news = message
 
     def pass_on(self, message: Any) -> None:
-        """A status message that is not this task's end."""
-        self.held.append(message)
+        self.held.append(message)  # a status message that is not this task's end
 
     def finish(self, message: MsgTaskFinished) -> bool:
         """The task's own word on how it ended; False if it had ended before."""
@@ -2469,13 +2457,10 @@ class TaskContext:
             self.held.append(message)
             before, self._held_rows = self._held_rows, self._held_rows + rows
         if before < MANY_ROWS <= before + rows:
-            self.tell(
-                logging.WARNING, "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
-                self.name, before + rows,
-            )  # fmt: skip
+            told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
+            self.tell(logging.WARNING, told, self.name, before + rows)
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
-        """Log a line."""
         logger.log(level, told, *arguments)
 
     def _send(self, message: Any, rows: int) -> None:
@@ -2525,8 +2510,8 @@ class _Attempt(TaskContext):
     """
 
     __slots__ = (
-        "abandoned", "has_news", "lock", "lost", "on_cancel", "rejected", "run", "stage", "started_at", "thread",
-        "trouble",
+        "abandoned", "has_news", "lock", "lost", "on_cancel", "rejected", "run", "stage", "started_at",
+        "thread", "trouble",
     )  # fmt: skip
 
     def __init__(
@@ -2555,7 +2540,7 @@ class _Attempt(TaskContext):
         self.check()
 
     def note(self, message: MsgTaskProgress) -> None:
-        self.news = message
+        super().note(message)
         if not self.has_news:  # the writer clears this before it reads `news`, so nothing newer is missed
             self.has_news = True
             self.run.channel.put(self, PROGRESS)
@@ -2580,7 +2565,7 @@ class _Attempt(TaskContext):
             if self.started_at:
                 return False
             self.started_at = _now()
-        self._thread = get_ident()
+        self.enter()
         return self.run.channel.put(self, STARTED)
 
     def cancel_unstarted(self, reason: str) -> None:
@@ -3062,13 +3047,13 @@ class _EventLoop:
         self._over: Any = None
 
     def start(self) -> None:
-        """Unless it has started."""
         import asyncio
 
         with self._lock:
             if self._thread is None:
                 ready = threading.Event()
-                thread = _Worker(lambda: asyncio.run(self._serve(ready)))
+                target = lambda: asyncio.run(self._serve(ready))  # noqa: E731
+                thread = _TaskThread(target=target, name="pipeloom-loop", daemon=True)
                 _start(thread)
                 ready.wait(GRACE)
                 self._thread = thread
@@ -3131,11 +3116,105 @@ def _call_there(call: Any, function: Any, ctx: TaskContext) -> tuple[list[Any], 
         return [], None, _told(error)
 
 
-class _Worker(threading.Thread):
-    """A thread that runs tasks; it has the name of the one that it runs."""
+class _TaskThread(threading.Thread):
+    """One in which functions of tasks run: a task that hangs may leave it behind."""
 
-    def __init__(self, target: Callable[[], object]) -> None:
-        super().__init__(target=target, name="pipeloom-worker", daemon=True)
+
+class _Worker(_TaskThread):
+    """A worker: takes ready attempts, calls their functions and tells how that ended.
+
+    It has the name of the task that it runs.
+    """
+
+    def __init__(self, run: _Run, crew: _Crew) -> None:
+        super().__init__(name="pipeloom-worker", daemon=True)
+        self._run, self._crew = run, crew
+
+    def run(self) -> None:
+        run, crew = self._run, self._crew
+        while True:
+            ctx = None
+            try:
+                if crew.ready.qsize() in (0, crew.room // 2):
+                    run.wake.ring()
+                    self.name = "pipeloom-worker"
+                ctx = crew.ready.get()  # ended by whoever submits or, however the run ends, by dismiss()
+                if ctx is None:
+                    return crew.ready.put(None)  # for the next one
+                self.name = ctx.name
+                self._attempt(ctx)
+            except WriterFailed:
+                return None
+            except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
+                if ctx is not None:
+                    ctx.lost = crew.has_lost = True
+            if crew.has_lost:
+                run.wake.ring()
+            if ctx is not None and ctx.abandoned:
+                return None
+
+    def _attempt(self, ctx: _Attempt) -> None:
+        if self._run.stopping:
+            ctx.cancel_unstarted(self._run.stopping)
+        if not ctx.begin():
+            return
+        try:
+            value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
+            finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
+            accepted = ctx.closed or ctx.finish(finish)
+        except TaskCancelled as stop:
+            ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
+        except WriterFailed:
+            raise
+        except BaseException as error:  # SystemExit too: a task's end is not the program's
+            self._fail(ctx, error)
+        else:
+            if not accepted and not ctx.cancelled:
+                ctx.tell(logging.DEBUG, "task %r was finished twice; the first counts", ctx.name)
+
+    def _call(self, ctx: _Attempt) -> object:
+        declared, executor = ctx.stage.declared, ctx.stage.terms.executor
+        if executor is not None:
+            terms = ctx.stage.terms._replace(executor=None)
+            there = TaskContext(terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt)
+            future = executor.submit(_call_there, declared.call, declared.function, there)
+            messages, value, told = _awaited(ctx, future)
+            if told is not None:
+                raise _RemoteError(*told)
+            for message in messages:
+                ctx.put(message)
+            return value
+        try:
+            value = declared.call(declared.function, ctx)
+        finally:
+            if os.getpid() != self._crew.pid:
+                _end_child()
+        if type(value) is CoroutineType:
+            value, error = _awaited(ctx, self._crew.loop.submit(ctx, value))
+            if error is not None:
+                raise error
+        return value
+
+    def _call_in_time(self, ctx: _Attempt) -> object:
+        ctx.thread, timer = self, self._crew.timer
+        deadline = timer.after(ctx.stage.terms.timeout, partial(self._crew.time_out, ctx))
+        try:
+            return self._call(ctx)
+        finally:
+            timer.call_off(deadline)
+            with ctx.lock:
+                ctx.thread = None  # unless the timer was first
+
+    def _fail(self, ctx: _Attempt, error: BaseException) -> None:
+        if ctx.closed:
+            level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
+            return ctx.tell(
+                level, "task %r raised after its finish, which counts: %s", ctx.name, _describe(error)
+            )
+        if isinstance(error, MemoryError):
+            error.__traceback__ = None  # whose frames hold what took the memory
+        ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
+        return None
 
 
 class _Crew:
@@ -3154,8 +3233,8 @@ class _Crew:
         self.timer = _Timer(run.wake.ring)
         self.has_lost = False  # an attempt is marked as lost
         self._threads: set[threading.Thread] = set()
-        self._loop = _EventLoop()
-        self._pid = os.getpid()
+        self.loop = _EventLoop()
+        self.pid = os.getpid()
 
     def start(self) -> None:
         from inspect import iscoroutinefunction
@@ -3164,21 +3243,19 @@ class _Crew:
         if any(stage.terms.retries or stage.terms.timeout for stage in stages):
             _start(self.timer)
         if any(iscoroutinefunction(stage.declared.function) for stage in stages):
-            self._loop.start()
+            self.loop.start()
         for number in range(self.size):
             try:
                 self._start_one()
             except PipeloomError:
                 if not number:
                     raise
-                self._run.display.tell(
-                    logging.WARNING, "only %d of %d workers start: the system has no more threads (ulimit -u)",
-                    number, self.size,
-                )  # fmt: skip
+                told = "only %d of %d workers start: the system has no more threads (ulimit -u)"
+                self._run.display.tell(logging.WARNING, told, number, self.size)
                 break
 
     def _start_one(self) -> None:
-        thread = _Worker(self._work)
+        thread = _Worker(self._run, self)
         self._threads.add(thread)  # first: a stray exception may come
         try:
             _start(thread)
@@ -3234,102 +3311,12 @@ class _Crew:
         self.timer.look()
         self.ready.put(None)
         began = time.monotonic()
-        for thread in (*self._threads, self.timer, self._loop.close()):
+        for thread in (*self._threads, self.timer, self.loop.close()):
             while thread is not None and thread.is_alive() and not has_waited(time.monotonic() - began):
                 thread.join(POLL)
 
-    # In a worker's thread
-
-    def _work(self) -> None:
-        me = threading.current_thread()
-        while True:
-            ctx = None
-            try:
-                if self.ready.qsize() in (0, self.room // 2):
-                    self._run.wake.ring()
-                    me.name = "pipeloom-worker"
-                ctx = self.ready.get()  # ended by whoever submits or, however the run ends, by dismiss()
-                if ctx is None:
-                    return self.ready.put(None)  # for the next one
-                me.name = ctx.name
-                self._attempt(ctx)
-            except WriterFailed:
-                return None
-            except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
-                if ctx is not None:
-                    ctx.lost = self.has_lost = True
-            if self.has_lost:
-                self._run.wake.ring()
-            if ctx is not None and ctx.abandoned:
-                return None
-
-    def _attempt(self, ctx: _Attempt) -> None:
-        if self._run.stopping:
-            ctx.cancel_unstarted(self._run.stopping)
-        if not ctx.begin():
-            return
-        try:
-            value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
-            finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
-            accepted = ctx.closed or ctx.finish(finish)
-        except TaskCancelled as stop:
-            ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
-        except WriterFailed:
-            raise
-        except BaseException as error:  # SystemExit too: a task's end is not the program's
-            self._fail(ctx, error)
-        else:
-            if not accepted and not ctx.cancelled:
-                ctx.tell(logging.DEBUG, "task %r was finished twice; the first counts", ctx.name)
-
-    def _call(self, ctx: _Attempt) -> object:
-        declared, executor = ctx.stage.declared, ctx.stage.terms.executor
-        if executor is not None:
-            terms = ctx.stage.terms._replace(executor=None)
-            there = TaskContext(terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt)
-            future = executor.submit(_call_there, declared.call, declared.function, there)
-            messages, value, told = _awaited(ctx, future)
-            if told is not None:
-                raise _RemoteError(*told)
-            for message in messages:
-                ctx.put(message)
-            return value
-        try:
-            value = declared.call(declared.function, ctx)
-        finally:
-            if os.getpid() != self._pid:
-                _end_child()
-        if type(value) is CoroutineType:
-            value, error = _awaited(ctx, self._loop.submit(ctx, value))
-            if error is not None:
-                raise error
-        return value
-
-    def _call_in_time(self, ctx: _Attempt) -> object:
-        ctx.thread = threading.current_thread()
-        deadline = self.timer.after(ctx.stage.terms.timeout, partial(self._time_out, ctx))
-        try:
-            return self._call(ctx)
-        finally:
-            self.timer.call_off(deadline)
-            with ctx.lock:
-                ctx.thread = None  # unless the timer was first
-
-    def _fail(self, ctx: _Attempt, error: BaseException) -> None:
-        if ctx.closed:
-            level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
-            return ctx.tell(
-                level, "task %r raised after its finish, which counts: %s", ctx.name, _describe(error)
-            )
-        if isinstance(error, MemoryError):
-            error.__traceback__ = None  # whose frames hold what took the memory
-        ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
-        return None
-
-    # In the timer's
-
-    def _time_out(self, ctx: _Attempt) -> None:
-        """End an attempt whose thread cannot be ended: another takes its place."""
+    def time_out(self, ctx: _Attempt) -> None:
+        """End an attempt whose thread cannot be ended: another takes its place. For the timer's thread."""
         text = f"timed out after {ctx.stage.terms.timeout:g} s"
         with ctx.lock:
             thread = ctx.thread
@@ -3775,7 +3762,7 @@ class _Run:
                 self.stop(f"not started: fail_fast, and {ctx.name!r} failed")
 
     def ending(self) -> tuple[str, str, Sequence[int]]:
-        """What the writer notes last: the run's status, what became of the tasks without an end, the counts."""
+        """What the writer notes last: the run's status, why tasks may have no end, the counts."""
         result = self.result()
         status = DONE if not self.stopping and not result.error else ERROR
         counts = result.done, result.error, result.cancelled, result.skipped
@@ -4026,8 +4013,8 @@ class Pipeline:
         shown = what if isinstance(what, str) else getattr(what, "__name__", what)
         known = ", ".join(list(self._declared)[:10]) + " and more" * (len(self._declared) > 10)
         return UsageError(
-            f"after={shown!r} of task {declared.name!r}: expected a task of this pipeline, which has {known}; "
-            "declare it, or correct the name"
+            f"after={shown!r} of task {declared.name!r}: expected a task of this pipeline, which has {known};"
+            " declare it, or correct the name"
         )
 
 
@@ -4179,7 +4166,7 @@ def _end_program(command: Callable[[], int]) -> NoReturn:
         code = command()
     except SystemExit as error:
         code = error.code
-    if all(not isinstance(thread, _Worker) or thread in before for thread in threading.enumerate()):
+    if all(not isinstance(thread, _TaskThread) or thread in before for thread in threading.enumerate()):
         sys.exit(code)
     # A task was left behind. Python waits at its end for the threads of every ThreadPoolExecutor and
     # asyncio.to_thread, perhaps for ever; a task's should not hold up the exit code.
@@ -4294,7 +4281,7 @@ def _parser() -> Any:
     add("target", metavar="TARGET", help=target)
     add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
     _add_run_options(add)
-    add = command("status", _cmd_status, "Show how the tasks of a database fare, also while they run.")
+    add = command("status", _cmd_status, "Show the tasks of a database, also while they run.")
     add("-n", "--limit", type=_number_from(1), default=20, metavar="N", help="how many tasks (default: 20)")
     add("--failed", action="store_true", help="only tasks that failed or were cancelled")
     add("--watch", action="store_true", help="again every second, until the run has ended")
