@@ -59,12 +59,12 @@ import threading
 import time
 from collections import deque, namedtuple
 from collections.abc import Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from itertools import accumulate, chain, count, groupby, islice
-from operator import attrgetter, index, itemgetter
+from operator import attrgetter, index, itemgetter, length_hint
 from sched import scheduler
 from threading import get_ident
 from types import CoroutineType
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[sqlite3.Connection, Any], object]
     Item = Tuple[Optional["_Attempt"], Any]  # what travels on the channel: who sent it, the message
+    Line = Tuple[str, int, str]  # of code: file, line, function
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
     console: Any
 
@@ -350,6 +351,8 @@ def _check_sql(sql: object) -> None:
 
 def _row(params: Any) -> Any:
     """A copy of one row of parameters: the worker may use its list or dict again."""
+    if isinstance(params, (str, bytes)):
+        raise MessageRefused(f"params={params!r:.80}: expected a row of values; for a single one, (value,)")
     return dict(params) if isinstance(params, Mapping) else tuple(params)
 
 
@@ -398,6 +401,8 @@ LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
 FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
 FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
+FIND_NTH = FIND_ID[:-6] + "name = ? ORDER BY id LIMIT 1 OFFSET ?"
+FIND_RESULT = "SELECT result FROM task_runs WHERE name = ? ORDER BY id LIMIT 1"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
     "INSERT INTO pipeline_runs(started_at, status, host, pid, version, total)"
@@ -1242,11 +1247,11 @@ class SQLiteWriter(threading.Thread):
         if sender is None:
             self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
-        sender.record(error)
-        finish = MsgTaskFinished(sender.task_id, ERROR, _now(), None, _text(_describe(error)))
+        what = sender.record(error)
+        finish = MsgTaskFinished(sender.task_id, ERROR, _now(), None, what)
         self.store.transaction(self._apply_all, [(sender, finish)])
         sender.rejected = sender.closed = True
-        sender.cancel(f"refused: {_describe(error)}")
+        sender.cancel(f"refused: {what}")
         self._acknowledge()
 
     def _apply_all(self, batch: list[Item]) -> None:
@@ -1281,7 +1286,15 @@ class SQLiteWriter(threading.Thread):
             self._hand_over(message)
 
     def _hand_over(self, message: Any) -> None:
-        self.handle(message)
+        place = None
+        if type(message) is _Sent:
+            message, _, place = message
+        try:
+            self.handle(message)
+        except Exception as error:
+            with suppress(Exception):  # one that takes no attributes
+                error.sent = place, getattr(error, "row", "")  # type: ignore[attr-defined]
+            raise
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
             what = "a handler's statement rolled the transaction back"
             raise MessageRefused(f"{what}; let the exception that it raised through")
@@ -1324,15 +1337,44 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute) -> None:
     """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
     head, values, tail, width = _insert_parts(m.sql)
-    if not m.many:
-        conn.execute(m.sql, m.params)
-    elif width and set(map(type, m.params)) == {tuple} and set(map(len, m.params)) == {width}:
-        _insert(conn, head, values, tail, width, m.params)
-    elif MANY.match(m.sql):
-        conn.executemany(m.sql, m.params)
-    else:
-        for row in m.params:
-            conn.execute(m.sql, row)
+    rows, start = m.params if m.many else [m.params], 0
+    size, left = max(1, VARIABLES // (width or 1)), iter(rows)
+    joins = m.many and width and set(map(type, rows)) == {tuple} and set(map(len, rows)) == {width}
+    try:
+        if joins:
+            for start in range(0, len(rows), size):
+                _insert(conn, head, values, tail, width, rows[start : start + size])
+        elif m.many and MANY.match(m.sql):
+            conn.executemany(m.sql, left)
+        else:
+            for row in left:
+                conn.execute(m.sql, row)
+    except Exception as error:
+        if _trouble(error):
+            raise
+        number = len(rows) - length_hint(left)
+        if joins:  # a statement that fails undoes all its rows: which of them is it?
+            bad = (n for n in range(start, len(rows)) if _fails(conn, m.sql, rows[n]))
+            number = 1 + next(bad, start)
+        error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
+        raise
+
+
+def _fails(conn: sqlite3.Connection, sql: str, row: Any) -> bool:
+    try:
+        conn.execute(sql, row)
+    except sqlite3.Error:
+        return True
+    return False
+
+
+def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
+    """What an error of SQLite's does not say."""
+    from reprlib import repr as shortened
+
+    which = f"row {number:,} of {len(rows):,}" if len(rows) > 1 else "the row"
+    row = rows[number - 1] if 0 < number <= len(rows) else ()
+    return f"; {f'{which} is {shortened(row)}, ' * bool(row)}in {' '.join(sql.split())[:80]!r}"
 
 
 @lru_cache(1_000)
@@ -2278,9 +2320,10 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
 MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
 _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
+_Sent = namedtuple("_Sent", "message rows place")  # what a task stores: how many rows, sent from which line
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
 _NO_TROUBLE = _Trouble(None, None, "")
-_NO_GROUP: tuple[Any, list[Any]] = (object(), [])
+_NO_GROUP: tuple[Any, list[Any], Any] = (object(), [], None)
 
 
 class TaskContext:
@@ -2310,7 +2353,7 @@ class TaskContext:
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
         self._held_rows = self._thread = 0  # how many rows; which thread runs the function
-        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, and their rows
+        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, their rows, and from where
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
@@ -2338,7 +2381,7 @@ class TaskContext:
         elif kind in (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished):
             self.pass_on(message)
         else:
-            self._send(message, len(message.params) if kind is MsgExecute and message.many else 1)
+            self._send(message, len(message.params) if kind is MsgExecute and message.many else 1, _place())
 
     put_nowait = put  # for code that treats the context as a queue
 
@@ -2367,7 +2410,7 @@ class TaskContext:
         """One SQL statement for the writer; consecutive ones with the same SQL are run as one."""
         if get_ident() != self._thread:
             return self._send_rows(sql, [_row(params)])
-        last, rows = self._group
+        last, rows, _ = self._group
         if sql != last or self.closed or self.reason is not None:
             rows = self._new_group(sql)
         rows.append(params if type(params) is tuple else _row(params))
@@ -2392,6 +2435,8 @@ class TaskContext:
         keys = [key] if isinstance(key, str) else list(key)
         if isinstance(rows, Mapping):
             raise MessageRefused(f"upsert into {table!r}: rows is one mapping; expected a list of them")
+        if hasattr(rows, "to_dict"):
+            raise MessageRefused(f"upsert into {table!r}: expected mappings, as in df.to_dict('records')")
         columns: list[str] = []
         sql = ""
         for row in rows:
@@ -2446,37 +2491,37 @@ class TaskContext:
         """Send the open group on."""
         if self._group is not _NO_GROUP:
             with self.lock:  # a thread of the task's may have ended it, and be here as well
-                (sql, rows), self._group = self._group, _NO_GROUP
+                (sql, rows, place), self._group = self._group, _NO_GROUP
             if rows:
-                self.deliver(MsgExecute(sql, rows, True), len(rows))
+                self.deliver(_Sent(MsgExecute(sql, rows, True), len(rows), place))
 
-    def deliver(self, message: Any, rows: int) -> None:
-        """Keep a message that is to be stored if the task is done."""
+    def deliver(self, sent: _Sent) -> None:
+        """Keep what is to be stored if the task is done."""
         with self.lock:
-            self._refuse_if_closed(type(message).__name__)
-            self.held.append(message)
-            before, self._held_rows = self._held_rows, self._held_rows + rows
-        if before < MANY_ROWS <= before + rows:
+            self._refuse_if_closed(type(sent.message).__name__)
+            self.held.append(sent)
+            before, self._held_rows = self._held_rows, self._held_rows + sent.rows
+        if before < MANY_ROWS <= before + sent.rows:
             told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
-            self.tell(logging.WARNING, told, self.name, before + rows)
+            self.tell(logging.WARNING, told, self.name, before + sent.rows)
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         logger.log(level, told, *arguments)
 
-    def _send(self, message: Any, rows: int) -> None:
+    def _send(self, message: Any, rows: int, place: Line | None) -> None:
         if get_ident() == self._thread:
             self.flush()  # in the order in which they came
-        self.deliver(message, rows)
+        self.deliver(_Sent(message, rows, place))
 
     def _send_rows(self, sql: str, rows: list[Any]) -> None:
         _check_sql(sql)
-        self._send(MsgExecute(sql, rows, True), len(rows))
+        self._send(MsgExecute(sql, rows, True), len(rows), _place())
 
     def _new_group(self, sql: str) -> list[Any]:
         self.flush()
         self._refuse_if_closed("execute()")
         _check_sql(sql)
-        self._group = (sql, [])
+        self._group = (sql, [], _place())
         return self._group[1]
 
     def _refuse_if_closed(self, what: str) -> None:
@@ -2548,12 +2593,12 @@ class _Attempt(TaskContext):
     def pass_on(self, message: Any) -> None:
         self.run.channel.put(self, message)
 
-    def deliver(self, message: Any, rows: int) -> None:
+    def deliver(self, sent: _Sent) -> None:
         if self._terms.atomic:
-            return super().deliver(message, rows)
+            return super().deliver(sent)
         self.check()
-        if not self.run.channel.put(self, message, rows if rows > 1 else 0):
-            self._refuse_if_closed(type(message).__name__)
+        if not self.run.channel.put(self, sent, sent.rows if sent.rows > 1 else 0):
+            self._refuse_if_closed(type(sent.message).__name__)
         return None
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
@@ -2605,32 +2650,52 @@ class _Attempt(TaskContext):
 
 
 def _told(error: BaseException) -> tuple[str, str, str]:
-    """An exception in words: what it is, its traceback, its cause."""
-    from traceback import format_exception
+    """An exception in words: what it is, its traceback, its cause.
 
-    what = _describe(error)
+    The cause is what failures have in common: the type, and the innermost line that is the user's.
+    """
+    from traceback import FrameSummary, TracebackException
+
+    root, kind, what = error, type(error).__name__, _describe(error)
+    for _ in range(20):  # a library's exception hides what happened in the one that it was raised from
+        root = root.__cause__ or root
+    sent, row = getattr(error, "sent", (None, ""))
     try:
-        text = _text("".join(format_exception(type(error), error, error.__traceback__)))
+        report = TracebackException(type(error), error, error.__traceback__)
+        report.stack[:] = [frame for frame in report.stack if not frame.filename.startswith(ENGINE)]
+        if sent:  # the line that sent what cannot be stored; ours are of no interest
+            kind, report.stack[:] = what, [*report.stack, FrameSummary(*sent)]
+        place, text = _place_in(report.stack), _text("".join(report.format()))
     except BaseException:  # an exception may be so broken that it cannot be shown
-        text = what
+        place, text = "", what
     text = text if len(text) < 20_000 else f"{text[:10_000]}\n...\n{text[-10_000:]}"
-    return what, text, _cause(error, what)
+    what += row + (f" (from {_describe(root)})" if root is not error else "")
+    return what, text, f"{kind} at {place}" if place else what
 
 
-def _cause(error: BaseException, message: str) -> str:
-    """What failures of one cause have in common: the type, and the innermost line that is the user's."""
-    lines: list[str] = []
-    step = error.__traceback__
-    while step is not None:
-        frame, path = step.tb_frame, step.tb_frame.f_code.co_filename
-        ours = frame.f_globals is globals() or path.startswith(_LIBRARY) or "-packages" + os.sep in path
-        if not ours:
-            lines.append(f"{os.path.basename(path)}:{step.tb_lineno}, in {frame.f_code.co_name}")
-        step = step.tb_next
-    return f"{type(error).__name__} at {lines[-1]}" if lines else message
+def _place_in(stack: Sequence[Any]) -> str:
+    """The innermost line that is the user's."""
+    frame = next((frame for frame in reversed(stack) if _is_users(frame.filename)), None)
+    return f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}" if frame else ""
 
 
-_LIBRARY = os.path.dirname(os.__file__) + os.sep
+def _place() -> Line | None:
+    """The user's line that has called this file."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame and (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+@lru_cache(10_000)
+def _is_users(path: str) -> bool:
+    """Whether a file of code is no library, and can be read: not what was compiled from another language."""
+    compiled = (".pyx", ".pxd", ".pxi", ".c", ".cpp", ".so")
+    return not (path.startswith((*ENGINE, LIBRARY, "<frozen")) or path.endswith(compiled) or PACKAGES in path)
+
+
+LIBRARY, PACKAGES = os.path.dirname(os.__file__) + os.sep, "-packages" + os.sep
+ENGINE = (_place.__code__.co_filename, threading.__file__, LIBRARY + "asyncio", LIBRARY + "concurrent")
 
 
 # ---- Engine: one run; every wait in it has somebody who ends it ----------------------------------------
@@ -2660,11 +2725,12 @@ class Failure:
     cause: str = ""  #: the type of the exception and the user's innermost line, or else the message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """How a run ended. The counts are of tasks.
 
     `causes` says how many failed of each cause; `failures` holds the first hundred, and one of each cause.
+    `result["report"]` is what the task of that name has stored as its result, in this run or an earlier one.
     """
 
     run_id: int | None
@@ -2675,6 +2741,21 @@ class RunResult:
     elapsed: float
     failures: list[Failure] = field(default_factory=list)
     causes: dict[str, int] = field(default_factory=dict)
+    database: str = ""
+
+    def __repr__(self) -> str:
+        return f"<RunResult {self.run_id}: {_in_words(self)} in {self.elapsed:.1f} s; {self.database}>"
+
+    def __getitem__(self, name: str) -> str | None:
+        """A task's stored result, by its name; of several tasks of this name, the first one's."""
+        try:
+            with _connect_readonly(self.database) as conn:
+                row = conn.execute(FIND_RESULT, (name,)).fetchone()
+        except sqlite3.Error as error:
+            raise DatabaseError(self.database, f"has no results: {error}", "keep status, in a file") from error
+        if row is None:
+            raise KeyError(name)
+        return row[0]  # type: ignore[no-any-return]
 
     @property
     def total(self) -> int:
@@ -2714,6 +2795,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {  # of a run: defau
     "busy_timeout": (300.0, _is_seconds, SECONDS),
     "durable": (False, _is_any, ""),
     "resume": (False, _is_any, ""),
+    "redo": ((), lambda names: isinstance(names, (list, tuple, set)), "a list of names of tasks"),
     "executor": (None, lambda e: e is None or hasattr(e, "submit"), "a concurrent.futures.Executor"),
     "retries": (0, lambda n: _is_whole(n) and n >= 0, "a whole number from 0"),
     "retry_delay": (1.0, _is_seconds, SECONDS),
@@ -2731,7 +2813,7 @@ def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] =
     for name, value in options.items():
         default, test, expected = OPTIONS[name]
         if not test(value):
-            kind = UsageTypeError if name in ("schema", "executor") else UsageError
+            kind = UsageTypeError if name in ("schema", "executor", "redo") else UsageError
             raise kind(f"{name}={value!r}: expected {expected}")
     if options.get("resume") and not options.get("store_task_status", True):
         raise UsageError(
@@ -3182,7 +3264,7 @@ class _Worker(_TaskThread):
             if told is not None:
                 raise _RemoteError(*told)
             for message in messages:
-                ctx.put(message)
+                ctx.deliver(message) if type(message) is _Sent else ctx.put(message)
             return value
         try:
             value = declared.call(declared.function, ctx)
@@ -3326,7 +3408,8 @@ class _Crew:
         if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
             ctx.tell(logging.WARNING, "task %r has ended, but its function goes on: it %s", ctx.name, text)
         else:
-            ctx.trouble = _Trouble(TimeoutError(text), _stack_of(thread), text)
+            stack, place = _stack_of(thread)
+            ctx.trouble = _Trouble(TimeoutError(text), stack, f"{text} at {place}" if place else text)
         try:
             self._start_one()
         except PipeloomError:
@@ -3364,15 +3447,16 @@ def _awaited(ctx: _Attempt, future: Any) -> Any:
     return future.result()
 
 
-def _stack_of(thread: threading.Thread | None) -> str:
-    """Where a task's thread is just now."""
-    from traceback import format_stack
+def _stack_of(thread: threading.Thread) -> tuple[str, str]:
+    """Where a task's thread is just now, and the innermost line there that is the user's."""
+    from traceback import extract_stack, format_list
 
     try:
-        frames = format_stack(sys._current_frames()[thread.ident])  # type: ignore[union-attr, index]
+        stack = extract_stack(sys._current_frames()[thread.ident])  # type: ignore[index]
+        lines = format_list([frame for frame in stack if not frame.filename.startswith(ENGINE)])
+        return _text("its thread was here:\n" + "".join(lines)), _place_in(stack)
     except Exception as error:  # its source cannot be read, or the thread has just ended
-        frames = [_describe(error)]
-    return _text("its thread was here:\n" + "".join(frames))
+        return f"its thread cannot be shown: {_describe(error)}", ""
 
 
 def _end_child() -> NoReturn:
@@ -3477,10 +3561,10 @@ class _Tally:
         self.first_error = self.first_error or ctx.trouble.error
         return self.causes[cause]
 
-    def result(self, run_id: int | None, unpulled: int) -> RunResult:
+    def result(self, run_id: int | None, unpulled: int, path: str) -> RunResult:
         done, error, cancelled, skipped = self.counts.values()
         elapsed, failures, causes = time.monotonic() - self.began, list(self.failures), dict(self.causes)
-        return RunResult(run_id, done, error, cancelled + unpulled, skipped, elapsed, failures, causes)
+        return RunResult(run_id, done, error, cancelled + unpulled, skipped, elapsed, failures, causes, path)
 
 
 class _Intake:
@@ -3553,6 +3637,9 @@ class _Intake:
         if stage.size is None:
             stage.size = stage.pulled
             self._run.show_counts()
+        if not stage.pulled and stage.name:
+            told = "each= of task %r gave no item, so it has nothing to do; check it, if that is a surprise"
+            self._run.display.tell(logging.WARNING, told, stage.name)
         with self._graph.lock:
             stage.exhausted = True
             self._graph.stirred(stage)
@@ -3570,7 +3657,9 @@ class _Intake:
 
     def _admit(self, stage: _Stage, item: Any, name: str, id: int, done_in: int | None) -> None:
         """A task has come: it runs, unless it is done and nothing that it comes after has run since."""
-        place = stage.place
+        place, redo = stage.place, self._run.options["redo"]
+        if done_in is not None and redo and (name in redo or stage.name in redo):
+            done_in = None
         if done_in is not None and done_in >= place.older and not place.doomed:
             place.newest = max(place.newest, done_in)
             with self._graph.lock:
@@ -3620,6 +3709,7 @@ class _Run:
     ) -> None:
         _check_options("a run", options)
         self.options = o = {**{name: option[0] for name, option in OPTIONS.items()}, **options}
+        o["resume"] = o["resume"] or bool(o["redo"])
         self.stopping: str | None = None  # why nothing new starts
         self.wake = _Bell()
         self.channel, self.tally, self.ends = Channel(), _Tally(), _Ends()
@@ -3671,12 +3761,15 @@ class _Run:
             self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
 
     def result(self) -> RunResult:
-        return self.tally.result(self.writer.status.run_id, self.graph.unpulled() if self.intake else 0)
+        unpulled = self.graph.unpulled() if self.intake else 0
+        return self.tally.result(self.writer.status.run_id, unpulled, self.writer.store.path)
 
     def _work(self) -> None:
         """Each step says first how it will be ended."""
         shown = self.writer.store.shown
         _check_database(shown, self.options["store_task_status"])
+        if self.options["redo"]:
+            _check_redo(shown, self.options["redo"], [stage.name for stage in self.graph.stages])
         lock = _RunLock(shown)
         self.ends.add(lock.release)
         if lock.path:
@@ -3806,6 +3899,18 @@ class _Run:
                 self._heed(1)
 
 
+def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
+    """Find out before anything is written whether these names are tasks'."""
+    stored: list[str] = []
+    with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # where no run has been, there is none
+        stored = [name for (name,) in conn.execute("SELECT name FROM task_runs LIMIT 10")]
+        known = [*known, *(name for name in redo if conn.execute(FIND_RESULT, (name,)).fetchone())]
+    for name in redo:
+        if name not in known:
+            there = ", ".join(filter(None, dict.fromkeys([*known, *stored])))
+            raise UsageError(f"redo={name!r}: no task has this name; there are {there}, perhaps among others")
+
+
 def _delay(first: float, attempt: int) -> float:
     """Seconds before the next attempt: twice as long each time, up to an hour, and a little random."""
     from random import uniform
@@ -3830,6 +3935,7 @@ def run_pipeline(
     fail_fast=False          the first failure cancels what has not started
     store_task_status=True   keep the tables task_runs and pipeline_runs
     wal=True                 False for file systems where WAL does not work
+    redo=()                  names of tasks that run again although they are done, as with resume=True
     resume=False             True skips what an earlier run has done, known by its task_id or else its name
     retries=0                how often a task that failed is tried again
     retry_delay=1.0          seconds before the first retry, then twice as long each time, up to an hour
@@ -3952,7 +4058,8 @@ class Pipeline:
             options.update(each=each, name=name, after=after, even_if_failed=even_if_failed)
             return partial(self.task, **options)
         declared = _declared(function, each, name)
-        if declared.name in self._declared:
+        before = self._declared.get(declared.name)
+        if before is not None and not _is_again(before.function, function):
             raise UsageError(
                 f"two tasks are named {declared.name!r}"
                 "; give one of them another name, as with name="
@@ -3974,11 +4081,16 @@ class Pipeline:
 
         return declare
 
-    def run(self, **options: Any) -> RunResult:
-        """Run all tasks; blocks, takes the options of run_pipeline and raises what that raises."""
+    def run(self, db_path: Any = None, **options: Any) -> RunResult:
+        """Run all tasks; blocks, takes the options of run_pipeline and raises what that raises.
+
+        `db_path` is another database for this run.
+        """
+        if not (db_path is None or _is_path(db_path)):
+            raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in pipe.run('jobs.db')")
         options = {**self._options, **options}
         options["handlers"] = {**(options.get("handlers") or {}), **self._handlers}
-        return _run(self._graph(), self.db_path, options)
+        return _run(self._graph(), os.fsdecode(db_path or self.db_path), options)
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
@@ -4018,6 +4130,18 @@ class Pipeline:
         )
 
 
+def _is_again(old: Any, new: Any) -> bool:
+    """Whether a function is declared once more, as where the cell of a notebook is run again."""
+
+    def name(function: Any) -> tuple[Any, Any]:
+        return getattr(function, "__module__", 0), getattr(function, "__qualname__", 0)
+
+    one, other = getattr(old, "__code__", None), getattr(new, "__code__", None)
+    if one is other or one is None or other is None or name(old) != name(new) or "<lambda>" in name(new)[1]:
+        return False  # such as a function that is made in a loop
+    return one.co_filename != other.co_filename or bool(one.co_firstlineno == other.co_firstlineno)
+
+
 def _declared(function: Any, each: Any, name: Any) -> _Declared:
     """Check what @pipe.task was given, before anything is started."""
     if not callable(function):
@@ -4039,8 +4163,8 @@ def _declared(function: Any, each: Any, name: Any) -> _Declared:
     return _Declared(_text(own), function, _call_with_item, each, name if callable(name) else None)
 
 
-def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> None:
-    """Raise UsageError if some task would wait for itself."""
+def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]:
+    """Raise UsageError if some task would wait for itself; returns all in an order in which they can run."""
     waits = {declared: len(before) for declared, before in after.items()}
     followers: dict[_Declared, list[_Declared]] = {declared: [] for declared in after}
     for declared, others in after.items():
@@ -4059,6 +4183,7 @@ def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> None:
             walk.append(min(before.name for before in stuck[walk[-1]] if before.name in stuck))
         cycle = " after ".join(walk[walk.index(walk[-1]) :])
         raise UsageError(f"a task comes after itself: {cycle}; remove one of these after=")
+    return free
 
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
@@ -4310,6 +4435,8 @@ def _add_run_options(add: Callable[..., Any]) -> None:
 
 def _add_common_options(add: Callable[..., Any]) -> None:
     add("--resume", action="store_true", default=None, help="skip the tasks that are done")
+    add("--redo", action="append", metavar="NAME", help="skip what is done, but not this; may be repeated")
+    add("-q", "--quiet", action="store_true", help="print nothing when all goes well")
     add("-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once")
     add("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
     add("-l", "--log-file", metavar="FILE", help="log to this file, too")
@@ -4427,8 +4554,9 @@ class _Session:
     importing = False  # the target is being imported, and should not run yet
 
     def __init__(self, args: Any) -> None:
-        names = ("workers", "resume", "retries", "timeout", "fail_fast", "durable", "progress")
+        names = ("workers", "resume", "redo", "retries", "timeout", "fail_fast", "durable", "progress")
         given = {name: getattr(args, name, None) for name in names}
+        given["progress"] = given["progress"] or ("none" if args.quiet else None)
         self.options = {name: value for name, value in given.items() if value is not None}
         self.args = args
         self.runs: list[tuple[str, RunResult]] = []
@@ -4458,9 +4586,8 @@ class _Session:
         path = path if self.args.db is None else self.args.db
         run = _Run(after, path, {**options, **self.options})
         if getattr(self.args, "dry_run", False):
-            for declared in after:
-                for name in _names_of(declared):
-                    _print(_cut(name, _width(name)))
+            for name in _planned(after, path, run.options):
+                _print(_cut(name, _width(name)))
             return RunResult(None, 0, 0, 0, 0, 0.0)
         try:
             return run.execute()
@@ -4471,11 +4598,12 @@ class _Session:
     def report(self, ended: bool = True) -> int:
         """Print the summary of each run to stderr; returns the exit code."""
         for path, result in self.runs:
-            _say(_summary(path, result))
+            if not (self.args.quiet and result.ok):
+                _say(_summary(path, result))
         ok = all(result.ok for _, result in self.runs)
         resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
-            _say(f"to go on where this ended: {_command_to_resume(self.args.argv)}")
+            _say(f"to go on: {_command_to_resume(self.args.argv)}")
         return 0 if ok else 1
 
 
@@ -4491,16 +4619,49 @@ def _command_to_resume(argv: list[str]) -> str:
     elif os.access(program, os.X_OK) and not program.endswith(".py") and not os.path.isdir(program):
         del command[0]  # a script that finds its Python by itself
     at = 1 if argv[:1] in (["run"], ["demo"]) else 0
-    return join([*command, *argv[:at], *(["--resume"] if "--resume" not in argv else []), *argv[at:]])
+    folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
+    return folder + join([*command, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]])
 
 
-def _names_of(declared: _Declared) -> Iterator[str]:
-    """The names of its tasks; what comes after others may need them to have run before it can say."""
+def _planned(after: dict[_Declared, list[_Declared]], path: str, options: Any) -> Iterator[str]:
+    """The names of the tasks that a run would start."""
+    with ExitStack() as ends:
+        conn = None
+        if options["resume"] and os.path.exists(path):
+            conn = ends.enter_context(_connect_readonly(path))
+        newest: dict[_Declared, int] = {}  # the last run that did a task of it
+        seen: dict[str, int] = {}
+        for declared in _check_cycles(after):
+            older = max((newest[before] for before in after[declared]), default=NEVER)
+            newest[declared] = NEVER
+            for id, name in _names_of(declared):
+                status, run_id = _last_of(conn, id, name, seen.get(name, 0))
+                seen[name] = seen.get(name, 0) + 1
+                again = name in options["redo"] or declared.name in options["redo"]
+                if status != DONE or run_id < older or again:
+                    yield name
+                    run_id = sys.maxsize
+                newest[declared] = max(newest[declared], run_id)
+
+
+def _names_of(declared: _Declared) -> Iterator[tuple[Any, str]]:
+    """Ids and names of its tasks; what comes after others may need them to have run before it can say."""
     if callable(declared.source) and declared.after:
-        yield f"{declared.name}[...]"
+        yield None, f"{declared.name}[...]"
         return
     for position, item in enumerate(declared.items(), 1):
-        yield declared.identify(item, position)[1]
+        yield declared.identify(item, position)
+
+
+def _last_of(conn: Any, id: Any, name: str, position: int) -> tuple[str, int]:
+    """The status of a task in earlier runs, and the last run that had it."""
+    row = None
+    with suppress(sqlite3.Error):  # it has no such table
+        if conn is not None and id is not None:
+            row = conn.execute(FIND_ID, (id,)).fetchone()
+        elif conn is not None:
+            row = conn.execute(FIND_NTH, (name, position)).fetchone()
+    return (row[1], row[2]) if row else ("", NEVER)
 
 
 def _summary(path: str, result: RunResult) -> str:
@@ -4508,12 +4669,15 @@ def _summary(path: str, result: RunResult) -> str:
     if result.error:
         plural = "s" if len(result.causes) != 1 else ""
         lines.append(f"{result.error:,} failed, {len(result.causes):,} cause{plural}:")
-    for cause, number in sorted(result.causes.items(), key=lambda item: -item[1])[:10]:
+    causes = sorted(result.causes.items(), key=lambda item: -item[1])
+    for cause, number in causes[:10]:
         failure = next(failure for failure in result.failures if failure.cause == cause)
         name, message = _cut(failure.task, NAME_WIDTH), _cut(failure.message, 200)
         more = f" and {number - 1:,} more" if number > 1 else ""
         where = f" ({cause.partition(' at ')[2]})" if cause != failure.message else ""
         lines.append(f"  {name}{more}: {message}{where}")
+    if causes[10:]:
+        lines.append(f"  and {len(causes) - 10:,} more causes")
     return "\n".join(lines)
 
 

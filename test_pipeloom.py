@@ -1193,7 +1193,7 @@ def test_with_atomic_false_a_bad_row_ends_the_task_and_tells_its_worker(db):
 
     result = run(["a"], db, work, schema=USERS, atomic=False, check=False)
     assert result.error == 1 and "UNIQUE constraint failed" in result.failures[0].message
-    assert told == ["refused: IntegrityError: UNIQUE constraint failed: users.key"]
+    assert told[0].startswith("refused: IntegrityError: UNIQUE constraint failed: users.key; row 2 of 1,000 is")
 
 
 def test_a_stream_past_its_deadline_is_refused_and_stores_no_more(db, clock):
@@ -1962,7 +1962,7 @@ def test_pools_of_tasks_that_were_left_behind_do_not_hold_up_the_exit_code(early
     for home, process in early["test_pools_of_tasks_that_were_left_behind_do_not_hold_up_the_exit_code"]:
         code, output = process.wait(WAIT), (home / "output").read_text()
         assert code == 1, output
-        assert re.search(r"  pool( and 1 more)?: timed out after 0.3 s\n", output)
+        assert re.search(r"  pool: timed out after 0.3 s \(left.py:\d+, in pool\)\n", output)
 
 
 def test_an_each_that_waits_for_the_tasks_of_another_is_no_deadlock(db):
@@ -3854,6 +3854,77 @@ def test_a_subclass_that_overrides_handle_sees_every_message(db):
     assert seen == [MsgTaskStarted, User, MsgTaskFinished]
 
 
+BAD_STATEMENTS = {  # of load(): what its error says; {line} is that of load()
+    "many rows": "NOT NULL constraint failed: t.b; row 1,701 of 3,000 is (1700, None), in 'INSERT INTO t VALUES (?, ?)'",
+    "updates": "NOT NULL constraint failed: t.b; row 8 of 10 is (None, -5), in 'UPDATE t SET b = ? WHERE a = ?'",
+    "one row": "no such table: nowhere; the row is (1,), in 'INSERT INTO nowhere VALUES (?)'",
+    "upsert": "NOT NULL constraint failed: t.b; the row is (1, None), in",
+    "put": "no such table: nowhere; in 'DELETE FROM nowhere'",
+    "own message": "NOT NULL constraint failed: users.name",
+    "long": "no such table: nowhere; the row is ('xxxxxxxxxxxx...xxxxxxxxxxxxx',), in 'INSERT INTO nowhere",
+}
+
+
+def load(kind, ctx):
+    if kind == "many rows":
+        ctx.executemany("INSERT INTO t VALUES (?, ?)", [(n, None if n == 1700 else n) for n in range(3000)])
+    for n in range(10 if kind == "updates" else 0):
+        ctx.execute("UPDATE t SET b = ? WHERE a = ?", (None if n == 7 else n, -5))
+    if kind == "one row":
+        ctx.execute("INSERT INTO  nowhere\nVALUES (?)", [1])
+    if kind == "upsert":
+        ctx.upsert("t", [{"a": 1, "b": None}], key="a")
+    if kind == "put":
+        ctx.put(MsgExecute("DELETE FROM nowhere"))
+    if kind == "own message":
+        ctx.put(User("a", None))
+    if kind == "long":
+        ctx.execute("INSERT INTO nowhere VALUES (?)" + " " * 200 + "-- comment", ("x" * 500,))
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_sql_that_fails_names_its_statement_its_row_and_the_users_line(db, atomic):
+    schema = f"{USERS}; CREATE TABLE t(a PRIMARY KEY, b NOT NULL); INSERT INTO t VALUES (-5, 5)"
+    result = run(
+        BAD_STATEMENTS, db, load, schema=schema, handlers={User: insert_user}, check=False, atomic=atomic
+    )
+    source = FILE.with_name("test_pipeloom.py").read_text(encoding="utf-8").splitlines()
+    assert {failure.task for failure in result.failures} == set(BAD_STATEMENTS)
+    for failure in result.failures:
+        said = BAD_STATEMENTS[failure.task]
+        if not atomic:  # rows are sent a thousand at a time
+            said = said.replace("row 1,701 of 3,000", "row 701 of 1,000")
+        assert said in failure.message and len(failure.message) < 250
+        line = int(re.search(r" at test_pipeloom.py:(\d+), in load$", failure.cause)[1])
+        assert re.search(r"ctx\.(execute|executemany|upsert|put)\(", source[line - 1])
+        assert f"test_pipeloom.py\", line {line}, in load" in failure.traceback
+        assert "pipeloom.py\", line" not in failure.traceback.replace("test_pipeloom.py", "")
+
+
+def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
+    class Frame:
+        def to_dict(self, orient):
+            raise AssertionError
+
+    def work(task, ctx):
+        for send in (
+            lambda: ctx.execute("INSERT INTO t VALUES (?)", "hello"),
+            lambda: ctx.executemany("INSERT INTO t VALUES (?)", ["hello"]),
+            lambda: ctx.upsert("t", Frame(), key="a"),
+            lambda: ctx.execute("COMMIT"),
+        ):
+            with pytest.raises(pipeloom.MessageRefused) as error:
+                send()
+            told.append(str(error.value))
+
+    told = []
+    run(["a"], db, work, schema="CREATE TABLE t(a)")
+    row = "params='hello': expected a row of values; for a single one, (value,)"
+    frame = "upsert into 't': expected mappings, as in df.to_dict('records')"
+    transaction = "'COMMIT' was sent by a task; transactions are the writer's: leave it out"
+    assert told == [row, row, frame, transaction]
+
+
 # ---- 4.5 The declarative interface ---------------------------------------------------------------------
 
 
@@ -4206,7 +4277,7 @@ def test_failures_have_one_cause_if_their_type_and_the_users_innermost_line_are_
     line = work.__code__.co_firstlineno
     assert result.causes == {
         f"JSONDecodeError at test_pipeloom.py:{line + 2}, in work": 150,
-        "IntegrityError: NOT NULL constraint failed: users.name": 50,
+        f"IntegrityError: NOT NULL constraint failed: users.name at test_pipeloom.py:{line + 4}, in work": 50,
         "no file": 10,
         f"Own at test_pipeloom.py:{line + 8}, in work": 10,
     }
@@ -4316,6 +4387,128 @@ def test_it_runs_in_a_subinterpreter(home):
         pytest.skip("this Python has no _testcapi")
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
     assert [row[2] for row in rows(home / "x.db")] == ["done"] * 3
+
+
+def test_a_stored_traceback_begins_at_the_users_first_frame_and_an_error_shows_its_root(db):
+    async def waits(ctx):
+        raise LookupError("in a coroutine")
+
+    def chained(ctx):
+        try:
+            json.loads("{")
+        except ValueError as error:
+            raise RuntimeError("Execution failed") from error
+
+    pipe = Pipeline(db, progress="none", check=False)
+    for function in (waits, chained):
+        pipe.task(function, timeout=60)
+    failures = {failure.task: failure for failure in pipe.run().failures}
+    for failure in failures.values():
+        first = failure.traceback.splitlines()[1]
+        assert "test_pipeloom.py" in first and "asyncio" not in failure.traceback
+        assert "pipeloom.py" not in failure.traceback.replace("test_pipeloom.py", "")
+    root = "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+    assert failures["chained"].message == f"RuntimeError: Execution failed (from {root})"
+
+
+def test_a_cause_is_no_line_of_a_library_or_of_a_compiled_module(db):
+    def work(task, ctx):
+        names = {}
+        code = compile("def parse(): raise ValueError('no number')", "pandas/_libs/parsers.pyx", "exec")
+        exec(code, names)
+        names["parse"]()
+
+    (cause,) = run(["a"], db, work, check=False).causes
+    assert re.fullmatch(r"ValueError at test_pipeloom.py:\d+, in work", cause)
+
+
+def test_a_timeout_is_of_the_line_where_the_function_hangs(db, clock):
+    def one(task, ctx):
+        clock.advance(ctx, 61)
+        ctx.sleep(WAIT)
+
+    def other(task, ctx):
+        clock.advance(ctx, 61)
+        ctx.sleep(WAIT)
+
+    result = run(["a", "b"], db, lambda t, c: (one if t == "a" else other)(t, c), timeout=60, check=False, workers=1)
+    assert sorted(cause.rpartition(", in ")[2] for cause in result.causes) == ["one", "other"]
+    assert all(cause.startswith("timed out after 60 s at test_pipeloom.py:") for cause in result.causes)
+    assert all("threading.py" not in failure.traceback for failure in result.failures)
+
+
+def test_a_result_is_one_line_and_gives_what_its_tasks_have_stored(db):
+    pipe = Pipeline(db, progress="none")
+    pipe.task(lambda ctx: {"rows": 7}, name="report")
+    pipe.task(lambda ctx, item: item, name="load", each=["a"])
+    for skipped in (0, 2):
+        result = pipe.run(resume=True)
+        assert result.skipped == skipped
+        assert result["report"] == '{"rows": 7}' and result["load[a]"] == "a"
+        with pytest.raises(KeyError):
+            result["nothing"]
+    assert re.fullmatch(r"<RunResult 2: 0 done, 2 skipped in \d.\d s; .*test.db>", repr(result))
+    result = pipe.run(store_task_status=False, db_path=db.with_name("other.db"))
+    with pytest.raises(pipeloom.DatabaseError, match="has no results: no such table"):
+        result["report"]
+
+
+def test_a_pipeline_runs_on_another_database(tmp_path):
+    pipe = Pipeline(tmp_path / "one.db", progress="none")
+    pipe.task(lambda ctx: None, name="a")
+    assert pipe.run(tmp_path / "other.db").done == pipe.run(db_path=str(tmp_path / "third.db")).done == 1
+    assert sorted(path.name for path in tmp_path.glob("*.db")) == ["other.db", "third.db"]
+
+
+def test_redo_runs_a_task_again_and_what_comes_after_it(db):
+    def pipeline(ran):
+        pipe = Pipeline(db, progress="none", workers=1)
+        pipe.task(lambda ctx, item: ran.append(f"load[{item}]"), name="load", each=["a", "b"])
+        pipe.task(lambda ctx: ran.append("report"), name="report", after="load")
+        pipe.task(lambda ctx: ran.append("other"), name="other")
+        return pipe
+
+    pipeline([]).run()
+    for redo, expected in (
+        (["load[b]"], ["load[b]", "report"]),
+        (["load"], ["load[a]", "load[b]", "report"]),
+        (("report", "other"), ["other", "report"]),
+    ):
+        ran = []
+        result = pipeline(ran).run(redo=redo)
+        assert sorted(ran) == expected and result.done == len(expected) and result.total == 4
+    with pytest.raises(pipeloom.UsageError, match="redo='lod': no task has this name; there are load, report, other"):
+        pipeline([]).run(redo=["report", "lod"])
+    assert rows(db, "SELECT count(*) FROM pipeline_runs") == [(4,)]
+    with pytest.raises(pipeloom.UsageTypeError, match="redo='load': expected a list of names of tasks"):
+        pipeline([]).run(redo="load")
+
+
+def test_an_each_that_gives_no_item_warns(db, caplog):
+    pipe = Pipeline(db, progress="none")
+    pipe.task(lambda ctx, item: None, name="load", each=lambda: iter(()))
+    pipe.task(lambda ctx: None, name="report", after="load")
+    assert pipe.run().done == 1
+    assert caplog.messages == [
+        "each= of task 'load' gave no item, so it has nothing to do; check it, if that is a surprise"
+    ]
+
+
+def test_a_function_that_is_declared_again_replaces_itself(db):
+    """As the cell of a notebook that is changed and run again; two functions of one name are an error."""
+    pipe = Pipeline(db, progress="none")
+    for cell, result in (("cell-1", 1), ("cell-1", 2), ("cell-2", 3)):
+        names = {"pipe": pipe, "__name__": "__main__"}
+        exec(compile(f"@pipe.task\ndef work(ctx): return {result}", cell, "exec"), names)
+    assert pipe.run()["work"] == "3"
+    with pytest.raises(pipeloom.UsageError, match="two tasks are named 'work'"):
+        exec(compile("\n\n@pipe.task\ndef work(ctx): return 4", "cell-2", "exec"), names)
+    with pytest.raises(pipeloom.UsageError, match="two tasks are named 'made'"):
+        for _ in range(2):
+
+            @pipe.task(name="made")
+            def made(ctx):
+                pass
 
 
 # ---- 4.7 Progress --------------------------------------------------------------------------------------
@@ -4740,11 +4933,10 @@ def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works
         (home / "job.py").write_text(PIPELINE.format(main=main, check=check))
         done = python(*command.split(), cwd=home, code=1)
         assert "1 done, 1 failed, 1 cancelled" in done.stderr and "load[b]: ValueError: bad" in done.stderr
-        resume = shlex.split(done.stderr.split("to go on where this ended: ")[1])
+        resume = done.stderr.split("to go on: ")[1]
+        assert resume.startswith(f"cd {home} && ")  # as this may be a mail of cron's
         (home / "repaired").touch()
-        done = subprocess.run(
-            resume, cwd=str(home), stderr=subprocess.PIPE, universal_newlines=True, timeout=60
-        )
+        done = subprocess.run(resume, shell=True, stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
         assert done.returncode == 0 and "2 done, 1 skipped" in done.stderr and "to go on" not in done.stderr
         assert rows(home / "p.db", "SELECT name, status FROM task_runs ORDER BY name") == [
             ("load[a]", "done"),
@@ -5030,6 +5222,53 @@ def test_status_through_a_symbolic_link_after_a_kill_shows_what_was_done(home):
     assert done.returncode == 0, done.stderr
     assert "3 done" in done.stdout and "last run: interrupted" in done.stdout
     assert os.listdir(str(home / "links")) == ["y.db"]
+
+
+QUIET = """
+import sys, pipeloom
+pipe = pipeloom.Pipeline("q.db", workers=1, store_task_status=True)
+@pipe.task(each=[1, 2])
+def work(ctx, n):
+    if n == 2 and len(sys.argv) > 2: raise ValueError(n)
+pipe.main()
+"""
+
+
+def test_with_quiet_nothing_is_printed_when_all_goes_well(home):
+    (home / "q.py").write_text(QUIET)
+    done = python("q.py", "-q", cwd=home, code=0)
+    assert (done.stdout, done.stderr) == ("", "")
+    done = python("q.py", "-q", "-v", cwd=home, code=1)
+    assert "1 done, 1 failed in" in done.stderr and "work[2] failed: ValueError: 2 (q.py:6)" in done.stderr
+
+
+def test_a_dry_run_with_resume_names_what_would_run(home):
+    (home / "job.py").write_text(PIPELINE.format(main="pipe.main()", check=False))
+    dry = ("job.py", "--dry-run")
+    assert python(*dry, "--resume", cwd=home, code=0).stdout == "load[a]\nload[b]\nreport\n"
+    python("job.py", cwd=home, code=1)  # load[b] fails
+    assert python(*dry, "--resume", cwd=home, code=0).stdout == "load[b]\nreport\n"
+    (home / "repaired").touch()
+    python("job.py", "--resume", cwd=home, code=0)
+    assert python(*dry, "--resume", cwd=home, code=0).stdout == ""
+    assert python(*dry, "--redo", "load[a]", cwd=home, code=0).stdout == "load[a]\nreport\n"
+    assert python(*dry, cwd=home, code=0).stdout == "load[a]\nload[b]\nreport\n"
+    done = python("job.py", "--redo", "load[a]", cwd=home, code=0)
+    assert "2 done, 1 skipped" in done.stderr
+    done = python("job.py", "--redo", "no", cwd=home, code=2)
+    assert done.stderr.startswith("pipeloom: redo='no': no task has this name; there are load, report, load[")
+
+
+def test_a_summary_says_how_many_causes_it_leaves_out(home):
+    (home / "c.py").write_text(
+        "import pipeloom\n"
+        "pipe = pipeloom.Pipeline('c.db', progress='none')\n"
+        "@pipe.task(each=range(13))\n"
+        "def work(ctx, n): exec(f'class E{n}(Exception): pass\\nraise E{n}')\n"
+        "pipe.main()"
+    )
+    done = python("c.py", cwd=home, code=1)
+    assert "13 failed, 13 causes:" in done.stderr and "\n  and 3 more causes\n" in done.stderr
 
 
 # ---- Room: channel -------------------------------------------------------------------------------------
