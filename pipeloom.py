@@ -1286,13 +1286,15 @@ class SQLiteWriter(threading.Thread):
             self._hand_over(message)
 
     def _hand_over(self, message: Any) -> None:
-        place = None
-        if type(message) is _Sent:
-            message, _, place = message
+        kind = type(message)
         try:
-            self.handle(message)
+            if kind is _Statement:
+                _run_statement(self.conn, message)
+            else:
+                self.handle(message.message if kind is _Sent else message)
         except Exception as error:
             with suppress(Exception):  # one that takes no attributes
+                place = message.place if kind in (_Statement, _Sent) else None
                 error.sent = place, getattr(error, "row", "")  # type: ignore[attr-defined]
             raise
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
@@ -1334,7 +1336,7 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
             raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
 
 
-def _run_statement(conn: sqlite3.Connection, m: MsgExecute) -> None:
+def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
     """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
     head, values, tail, width = _insert_parts(m.sql)
     rows, start = m.params if m.many else [m.params], 0
@@ -1373,7 +1375,7 @@ def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
     from reprlib import repr as shortened
 
     which = f"row {number:,} of {len(rows):,}" if len(rows) > 1 else "the row"
-    row = rows[number - 1] if 0 < number <= len(rows) else ()
+    row = rows[number - 1] if 0 < number <= len(rows) else rows[0] if len(rows) == 1 else ()
     return f"; {f'{which} is {shortened(row)}, ' * bool(row)}in {' '.join(sql.split())[:80]!r}"
 
 
@@ -2321,6 +2323,7 @@ MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
 _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
 _Sent = namedtuple("_Sent", "message rows place")  # what a task stores: how many rows, sent from which line
+_Statement = namedtuple("_Statement", "sql params many rows place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
 _NO_TROUBLE = _Trouble(None, None, "")
 _NO_GROUP: tuple[Any, list[Any], Any] = (object(), [], None)
@@ -2380,8 +2383,11 @@ class TaskContext:
             self.finish(message)
         elif kind in (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished):
             self.pass_on(message)
+        elif kind is MsgExecute:
+            rows = len(message.params) if message.many else 1
+            self._send(_Statement(message.sql, message.params, message.many, rows, _place()))
         else:
-            self._send(message, len(message.params) if kind is MsgExecute and message.many else 1, _place())
+            self._send(_Sent(message, 1, _place()))
 
     put_nowait = put  # for code that treats the context as a queue
 
@@ -2408,13 +2414,13 @@ class TaskContext:
 
     def execute(self, sql: str, params: Any = ()) -> None:
         """One SQL statement for the writer; consecutive ones with the same SQL are run as one."""
-        if get_ident() != self._thread:
-            return self._send_rows(sql, [_row(params)])
-        last, rows, _ = self._group
-        if sql != last or self.closed or self.reason is not None:
-            rows = self._new_group(sql)
-        rows.append(params if type(params) is tuple else _row(params))
-        if len(rows) >= self._terms.limit:
+        group = self._group
+        if sql != group[0] or get_ident() != self._thread or self.closed or self.reason is not None:
+            if get_ident() != self._thread:
+                return self._send_rows(sql, [_row(params)])
+            group = self._new_group(sql)
+        group[1].append(params if type(params) is tuple else _row(params))
+        if len(group[1]) >= self._terms.limit:
             self.flush()
         return None
 
@@ -2493,12 +2499,12 @@ class TaskContext:
             with self.lock:  # a thread of the task's may have ended it, and be here as well
                 (sql, rows, place), self._group = self._group, _NO_GROUP
             if rows:
-                self.deliver(_Sent(MsgExecute(sql, rows, True), len(rows), place))
+                self.deliver(_Statement(sql, rows, True, len(rows), place))
 
-    def deliver(self, sent: _Sent) -> None:
+    def deliver(self, sent: _Sent | _Statement) -> None:
         """Keep what is to be stored if the task is done."""
         with self.lock:
-            self._refuse_if_closed(type(sent.message).__name__)
+            self._refuse_if_closed(sent)
             self.held.append(sent)
             before, self._held_rows = self._held_rows, self._held_rows + sent.rows
         if before < MANY_ROWS <= before + sent.rows:
@@ -2508,25 +2514,26 @@ class TaskContext:
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         logger.log(level, told, *arguments)
 
-    def _send(self, message: Any, rows: int, place: Line | None) -> None:
+    def _send(self, sent: _Sent | _Statement) -> None:
         if get_ident() == self._thread:
             self.flush()  # in the order in which they came
-        self.deliver(_Sent(message, rows, place))
+        self.deliver(sent)
 
     def _send_rows(self, sql: str, rows: list[Any]) -> None:
         _check_sql(sql)
-        self._send(MsgExecute(sql, rows, True), len(rows), _place())
+        self._send(_Statement(sql, rows, True, len(rows), _place()))
 
-    def _new_group(self, sql: str) -> list[Any]:
+    def _new_group(self, sql: str) -> tuple[Any, list[Any], Any]:
         self.flush()
-        self._refuse_if_closed("execute()")
+        self._refuse_if_closed()
         _check_sql(sql)
         self._group = (sql, [], _place())
-        return self._group[1]
+        return self._group
 
-    def _refuse_if_closed(self, what: str) -> None:
+    def _refuse_if_closed(self, sent: Any = None) -> None:
         self.check()
         if self.closed:
+            what = type(sent.message).__name__ if type(sent) is _Sent else "execute()"
             raise MessageRefused(f"task {self.name!r} has finished: {what} came too late to be stored")
 
 
@@ -2593,12 +2600,12 @@ class _Attempt(TaskContext):
     def pass_on(self, message: Any) -> None:
         self.run.channel.put(self, message)
 
-    def deliver(self, sent: _Sent) -> None:
+    def deliver(self, sent: _Sent | _Statement) -> None:
         if self._terms.atomic:
             return super().deliver(sent)
         self.check()
         if not self.run.channel.put(self, sent, sent.rows if sent.rows > 1 else 0):
-            self._refuse_if_closed(type(sent.message).__name__)
+            self._refuse_if_closed(sent)
         return None
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
@@ -3264,7 +3271,7 @@ class _Worker(_TaskThread):
             if told is not None:
                 raise _RemoteError(*told)
             for message in messages:
-                ctx.deliver(message) if type(message) is _Sent else ctx.put(message)
+                ctx.deliver(message) if isinstance(message, tuple) else ctx.put(message)
             return value
         try:
             value = declared.call(declared.function, ctx)
