@@ -1,16 +1,17 @@
-"""pipeloom: run many tasks at once, store what they make in one SQLite file, watch them live.
+"""pipeloom: run many tasks at once, store what they produce in one SQLite file, watch them live.
 
 One file, standard library only, Python 3.8 or newer. A program:
 
     from pathlib import Path
     from pipeloom import Pipeline
 
-    pipe = Pipeline("lines.db", schema="CREATE TABLE IF NOT EXISTS line(path TEXT, text TEXT)")
+    pipe = Pipeline("lines.db", schema="CREATE TABLE IF NOT EXISTS line(path, n, text, PRIMARY KEY (path, n))")
 
     @pipe.task(each=lambda: Path(".").glob("*.py"), retries=2)
     def load(ctx, path):                                  # a task a file, each on a worker thread
         with path.open() as file:
-            ctx.executemany("INSERT INTO line VALUES (?, ?)", ((str(path), line) for line in ctx.track(file)))
+            rows = ((str(path), n, line) for n, line in enumerate(ctx.track(file)))
+            ctx.executemany("INSERT OR REPLACE INTO line VALUES (?, ?, ?)", rows)
 
     @pipe.task(after=load)
     def count(ctx):                                       # when all that is committed
@@ -24,13 +25,15 @@ commits what they send; nothing is shown or acted upon before it is committed. W
  - a task's rows and its `done` are one transaction: rows if and only if done;
  - killed anywhere, the same program with resume finishes, and each row is there exactly once;
  - a dead writer, a full disk, a locked database, a bad message or a task that hangs ends the run in time,
-   with one clear error, and a task's failure is nobody else's;
+   with one clear error; a task that fails affects no other task;
  - Ctrl-C once: nothing new starts and what runs finishes; twice: leave now. All that finished is stored;
  - memory does not grow with the number of tasks, and the display never harms the run.
 
-Try `python -m pipeloom demo`. To vendor it, copy this file; to update it, copy it again. Python reads it
-in the order in which a task meets it: vocabulary and errors, messages, database, channel, writer,
-progress, task and context, engine, pipeline, status, demo, command line.
+Try `python -m pipeloom demo`. To vendor it, copy this file; to update it, copy it again. It is in the order
+in which a task meets it: vocabulary and errors, messages, database, channel, writer (_Store, _Status,
+SQLiteWriter), progress (_Display, _Board, _Screen), task and context (TaskContext, _Attempt), engine
+(_Graph, _Roster, _Timer, _EventLoop, _Worker, _Crew, _Signals, _Tally, _Intake, _Ends, _Run), pipeline,
+status, demo, command line.
 
 SPDX-License-Identifier: MIT. Copyright (c) 2026 the pipeloom authors. The whole text:
 
@@ -45,6 +48,7 @@ PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIG
 ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
 OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
+# ruff: noqa: BLE001, RUF100, UP007, UP017, UP035 -- your code may raise anything; Python 3.8 lacks the rest
 
 from __future__ import annotations
 
@@ -58,11 +62,12 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
+from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice
 from operator import attrgetter, index, itemgetter, length_hint
 from sched import scheduler
@@ -73,8 +78,6 @@ from unicodedata import category, east_asian_width
 if __name__ == "__main__":
     # This copy of the file would have classes of its own, which the tasks' `import pipeloom` does not know:
     # hand over to the real module.
-    from importlib import import_module
-
     if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
@@ -83,13 +86,38 @@ if __name__ == "__main__":
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, Iterator, NoReturn, Optional, Tuple, Union
+    from concurrent.futures import Executor
+    from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Union, overload
+
+    from typing_extensions import Unpack  # which type checkers bring along
 
     Handler = Callable[[sqlite3.Connection, Any], object]
-    Item = Tuple[Optional["_Attempt"], Any]  # what travels on the channel: who sent it, the message
-    Line = Tuple[str, int, str]  # of code: file, line, function
+    Line = tuple[str, int, str]  # of code: file, line, function
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
+    Function = TypeVar("Function", bound=Callable[..., Any])
+    Handles = TypeVar("Handles", bound=Handler)
     console: Any
+
+    class TaskOptions(TypedDict, total=False):  # STAGE_OPTIONS
+        retries: int
+        retry_delay: float
+        timeout: float | None
+        atomic: bool
+        executor: Executor | None
+
+    class RunOptions(TaskOptions, total=False):  # OPTIONS
+        workers: int | None
+        wal: bool
+        store_task_status: bool
+        fail_fast: bool
+        check: bool
+        progress: Literal["auto", "rich", "ansi", "log", "none"] | Any  # Any has the methods of Progress
+        schema: str | None
+        handlers: Mapping[type[Any], Any] | None
+        busy_timeout: float
+        durable: bool
+        resume: bool
+        redo: list[str] | tuple[str, ...] | set[str]
 
 # ---- Vocabulary and errors: the words that the code, the database and the messages to you use ----------
 #
@@ -150,7 +178,7 @@ class WriterFailed(PipeloomError):
     """The writer gave up while the run was on. What was committed stays; `path` names the database."""
 
     def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(f"the writer of database {path!r} gave up: {what}; {cure}")
+        super().__init__(f"the writer of database {path!r} failed: {what}; {cure}")
         self.path = path
 
 
@@ -170,13 +198,13 @@ class PipelineError(PipeloomError):
         more = f" (and {result.error - 1:,} more)" if result.error > 1 else ""
         super().__init__(
             f"{result.error:,} of {result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
-            "fix the cause and run again, with resume=True for what is not done"
+            "fix the cause and run again; resume=True skips the tasks that are done"
         )
         self.result = result
 
 
 class TaskCancelled(BaseException):
-    """Raised in a worker whose task is to stop. No Exception, so that `except Exception` lets it through."""
+    """Raised in a worker whose task is to stop. Not an Exception, so `except Exception` does not catch it."""
 
 
 # ---- Messages: what a worker may say; frozen, and checked when they are put ----------------------------
@@ -184,7 +212,7 @@ class TaskCancelled(BaseException):
 
 @dataclass(frozen=True)
 class Task:
-    """A ready-made task for those who need no class of their own; any object will do as well."""
+    """A ready-made task class; any other object works as well."""
 
     task_id: int
     name: str
@@ -253,7 +281,7 @@ def _words(error: BaseException) -> str:
     try:
         text = _text(error)
     except BaseException:
-        return "(its text cannot be shown)"
+        return "(no text: its __str__ raised)"
     return text if len(text) < 5_000 else f"{text[:5_000]}..."  # it may hold a whole response, or file
 
 
@@ -289,8 +317,8 @@ def _task_id(value: object) -> int:
         number = 2**63
     if not -(2**63) <= number < 2**63:
         raise MessageRefused(
-            f"task_id {value!r} cannot be stored: expected a whole number of at most 64 bits; "
-            "number the tasks, or leave task_id out and pipeloom numbers them"
+            f"task_id {value!r} cannot be stored: expected an integer of at most 64 bits; "
+            "use one, or omit task_id and pipeloom assigns one"
         )
     return number
 
@@ -317,7 +345,7 @@ def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
     if not (step - step == 0 == total - total):  # only finite numbers are
         raise MessageRefused(
             f"progress {m.step!r} of {m.total!r} cannot be stored: expected two finite numbers; "
-            "use a total of 0 where it is not known"
+            "pass total=0 if it is unknown"
         )
     step, total = max(step, 0), max(total, 0)
     return MsgTaskProgress(_task_id(m.task_id), min(step, total) if total else step, total, _text(m.message))
@@ -346,7 +374,9 @@ def _check_sql(sql: object) -> None:
     if not isinstance(sql, str):
         raise MessageRefused(f"sql {sql!r} cannot be run: expected a str")
     if TRANSACTION.match(sql):
-        raise MessageRefused(f"{sql!r:.80} was sent by a task; transactions are the writer's: leave it out")
+        raise MessageRefused(
+            f"{sql!r:.80} is not allowed in a task, because the writer manages transactions; remove it"
+        )
 
 
 def _row(params: Any) -> Any:
@@ -432,10 +462,10 @@ TROUBLES = {
 }  # fmt: skip
 PASSING = ("lock", "disk", "open")  # by themselves, at times
 CURES = {
-    "lock": "end the program that holds it, or pass a longer busy_timeout=",
-    "disk": "make room on the disk or repair it",
-    "open": "check that its directory can be written, and that a process may open more files (ulimit -n)",
-    "corrupt": "restore a copy of it or use another file",
+    "lock": "close the program that holds the lock, or pass a longer busy_timeout=",
+    "disk": "free some disk space, or check the disk",
+    "open": "check that its directory is writable and the limit on open files high enough (ulimit -n)",
+    "corrupt": "restore it from a backup or use another file",
 }
 
 
@@ -490,7 +520,7 @@ def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) ->
 class _Reader(sqlite3.Connection):
     """A connection whose `with` block closes it."""
 
-    def __exit__(self, *_: Any) -> Any:
+    def __exit__(self, *_: object) -> Any:
         self.close()
 
 
@@ -520,7 +550,7 @@ def _missing_columns(conn: sqlite3.Connection, table: str) -> list[str]:
         path = next((row[2] for row in conn.execute("PRAGMA database_list") if row[1] == "main"), "")
         raise DatabaseError(
             path,
-            f"has a table {table} of another shape: it lacks {', '.join(missing)}",
+            f"has a table {table} that is not pipeloom's: it has no {', '.join(missing)}",
             "rename that table or use another file",
         )
     return missing
@@ -542,7 +572,7 @@ def _statements(script: str) -> Iterator[str]:
         if piece == ";" and sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-    if re.sub(r"--[^\n]*|/\*.*?\*/", "", statement, flags=re.S).strip(" \t\r\n;"):
+    if re.sub(r"--[^\n]*|/\*.*?\*/", "", statement, flags=re.DOTALL).strip(" \t\r\n;"):
         yield statement
 
 
@@ -551,25 +581,25 @@ def _check_database(path: str, kept: bool = True) -> None:
     if path == ":memory:":
         return
     if not path or "\0" in path:
-        raise DatabaseError(path, "is no file name", "name a file")
+        raise DatabaseError(path, "is not a valid file name", "pass the path of a file")
     parent = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path):
-        raise DatabaseError(path, "is a directory", "name a file in it")
+        raise DatabaseError(path, "is a directory", "pass the path of a file")
     if os.path.islink(os.path.realpath(path)):
-        raise DatabaseError(path, "is a link that leads nowhere", "name a file")
+        raise DatabaseError(path, "is a broken symbolic link", "pass the path of a file")
     if not os.path.isdir(parent):
-        raise DatabaseError(path, f"cannot be made: there is no directory {parent!r}", "create it first")
+        raise DatabaseError(path, f"cannot be created: there is no directory {parent!r}", "create it first")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DatabaseError(path, "is not a regular file", "name a file")
+        raise DatabaseError(path, "is not a regular file", "pass the path of a file")
     if not os.access(parent, os.W_OK):  # SQLite makes files beside the database
         raise DatabaseError(
             path,
-            "needs files beside it, which cannot be made",
+            "cannot be used, because SQLite must create files beside it",
             f"change the permissions of {parent!r} or use another directory",
         )
     if os.path.exists(path):
         if not os.access(path, os.W_OK):
-            raise DatabaseError(path, "cannot be written", "change its permissions or use another file")
+            raise DatabaseError(path, "is not writable", "change its permissions or use another file")
         _check_contents(path, kept)
 
 
@@ -610,8 +640,8 @@ class _RunLock:
             self.release()
             if _trouble(error) == "lock":
                 raise RunInProgress(db_path, _holder(db_path)) from None
-            what = f"cannot be locked with the file {self.path!r}: {error}"
-            cure = "make that file writable for the user who runs this, or use a database elsewhere"
+            what = f"cannot be locked through {self.path!r}: {error}"
+            cure = "make that file writable for this user, or use another database"
             if not os.path.exists(self.path):
                 cure = CURES["open"]
             raise DatabaseError(db_path, what, cure) from error
@@ -713,7 +743,7 @@ class Channel:
         items: int = self._queue.qsize()
         return items > 0 and items + self._rows >= self._limit
 
-    def drain(self) -> list[Item] | None:
+    def drain(self) -> list[tuple[_Attempt | None, Any]] | None:
         """Everything there is, waiting for the first message; None at the end."""
         for _ in range(self._unsettled):  # what was drained is committed: now it is done for queue.join()
             self._queue.task_done()
@@ -816,7 +846,7 @@ class _GuardedCursor(sqlite3.Cursor):
 def _refuse_outside(conn: Any) -> None:
     if conn.is_on and not conn.in_transaction:
         raise sqlite3.OperationalError(
-            "an earlier statement has rolled the transaction back; let the exception that it raised through"
+            "an earlier statement rolled back the transaction; do not catch the exception that it raised"
         )
 
 
@@ -900,7 +930,7 @@ class _Store:
                 if not warned and waited > 0.5:
                     warned = True
                     self._tell(
-                        logging.WARNING, "database %r: %s; waiting up to %g s for that to pass",
+                        logging.WARNING, "database %r: %s; trying again for up to %g s",
                         self.shown, str(error), patience,
                     )  # fmt: skip
             time.sleep(0.05)
@@ -935,7 +965,7 @@ class _Store:
             raise WriterFailed(
                 self.shown,
                 f"{path!r} was deleted, moved or replaced during the run",
-                "let nobody touch the database and its lock, then run again",
+                "leave the database and its -lock file alone during a run, then run again",
             )
 
     def close(self) -> None:
@@ -1225,7 +1255,7 @@ class SQLiteWriter(threading.Thread):
 
     # One batch, one transaction
 
-    def _commit(self, batch: list[Item]) -> None:
+    def _commit(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         """Commit a batch; one with a bad message in it in halves, until that message is alone."""
         bad: BaseException | None = None
         try:
@@ -1254,7 +1284,7 @@ class SQLiteWriter(threading.Thread):
         sender.cancel(f"refused: {what}")
         self._acknowledge()
 
-    def _apply_all(self, batch: list[Item]) -> None:
+    def _apply_all(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         self.status.forget(self.shows)
         for sender, message in batch:  # the users' own rows now, task rows in memory
             try:
@@ -1298,8 +1328,8 @@ class SQLiteWriter(threading.Thread):
                 error.sent = place, getattr(error, "row", "")  # type: ignore[attr-defined]
             raise
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
-            what = "a handler's statement rolled the transaction back"
-            raise MessageRefused(f"{what}; let the exception that it raised through")
+            what = "a handler's statement rolled back the transaction"
+            raise MessageRefused(f"{what}; do not catch the exception that it raised")
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
@@ -1403,7 +1433,7 @@ def _checked_handlers(handlers: Any) -> Mapping[type, Handler]:
         if kind in CHECKS:
             raise UsageError(
                 f"handlers= names {kind.__name__}, which the writer handles itself; "
-                "subclass SQLiteWriter and override handle() to see those messages too"
+                "remove it, or define a message class of your own"
             )
     return handlers
 
@@ -1417,7 +1447,7 @@ def _reason(error: BaseException) -> BaseException:
 
     error = error.reason if isinstance(error, _BadMessage) else error
     if isinstance(error, sqlite3.DatabaseError) and str(error) == "not authorized":
-        what = "a handler rolled back; raise an exception instead, which fails its task only"
+        what = "a handler rolled back the transaction; raise an exception instead, which fails its task only"
         error = error.__context__ if isinstance(error.__context__, Exception) else MessageRefused(what)
     clear_frames(error.__traceback__)
     return error
@@ -1425,7 +1455,7 @@ def _reason(error: BaseException) -> BaseException:
 
 def _unknown(kind: type) -> MessageRefused:
     return MessageRefused(
-        f"nobody handles messages of type {kind.__name__}; pass handlers={{{kind.__name__}: function}}"
+        f"no handler for messages of type {kind.__name__}; pass handlers={{{kind.__name__}: function}}"
     )
 
 
@@ -1518,7 +1548,7 @@ class _Display:
 
     def failed(self, name: str, message: str, place: str, number: int) -> None:
         """Say that a task has failed, at that line of the user's; it is the `number`th of its cause."""
-        more = " [the next ones like this are only counted]" * (number == FAILURES_TOLD)
+        more = " [more failures like this one will only be counted]" * (number == FAILURES_TOLD)
         where = f" ({place})" if place else ""
         if number <= FAILURES_TOLD:
             text = f"{_clean(name)} failed: {_cut(message, 300)}{where}{more}"
@@ -1539,7 +1569,8 @@ class _Display:
         self._pause.ring()
         self._thread.join(self.PATIENCE)
         if self._thread.is_alive() and self._calls_user:
-            self.tell(logging.WARNING, "the progress display hangs, %g s after the end", self.PATIENCE)
+            told = "the progress display did not stop within %g s and was abandoned"
+            self.tell(logging.WARNING, told, self.PATIENCE)
         if not self._thread.is_alive() or self._calls_user:
             self._log()
 
@@ -1588,7 +1619,7 @@ class _Display:
     def _switch_off(self, why: str) -> None:
         level = logging.WARNING if self._board is None else logging.DEBUG  # of ours, stderr is a closed pipe
         self._shown = Progress()
-        self.tell(level, "the progress display failed and is off: %s", why)
+        self.tell(level, "the progress display failed and was turned off: %s", why)
 
 
 def _in_words(result: RunResult) -> str:
@@ -1853,9 +1884,8 @@ def _rich_bar(halves: int, width: int) -> str:
     Rich's Live is not used: two of them at once fail before Rich 14.1, and in all versions bars that come
     and go are torn where several threads print.
     """
-    from rich.progress_bar import ProgressBar
-
-    return _made_by_rich(ProgressBar(2 * width, halves, width=width), width)[0]
+    bar = import_module("rich.progress_bar").ProgressBar(2 * width, halves, width=width)
+    return _made_by_rich(bar, width)[0]
 
 
 def _made_by_rich(what: Any, width: int) -> list[str]:
@@ -2089,10 +2119,9 @@ def _terminal_size(stream: Any) -> tuple[int, int]:
 def _rich_console() -> Any:
     """The one Rich console, on stderr; None where Rich is not importable."""
     try:
-        from rich.console import Console
+        return import_module("rich.console").Console(stderr=True)  # so that type checkers do not ask for it
     except ImportError:
         return None
-    return Console(stderr=True)
 
 
 class _PlainConsole:
@@ -2194,7 +2223,7 @@ class _AnsiProgress:
     def kept(self, width: int) -> list[str]:
         return [] if self.transient else self.lines(width, BACKLOG)
 
-    def __enter__(self) -> _AnsiProgress:
+    def __enter__(self) -> Any:
         self.start()
         return self
 
@@ -2221,9 +2250,9 @@ def _make_progress(transient: bool) -> Any:
     console = _rich_console()
     if console is None:
         return _AnsiProgress(transient)
-    from rich.progress import Progress as RichProgress
+    RichProgress: Any = import_module("rich.progress").Progress
 
-    class OnScreen(RichProgress):
+    class OnScreen(RichProgress):  # type: ignore[misc]
         """Rich's Progress, drawn by our screen and not by a Live of its own."""
 
         start, stop, refresh, kept = map(
@@ -2373,7 +2402,7 @@ class TaskContext:
         if check is not None:
             message = check(message)
         elif message is SENTINEL:
-            raise MessageRefused("SENTINEL was put by a worker; only the engine sends it: just return")
+            raise MessageRefused("a worker must not send SENTINEL; return from the function instead")
         elif not isinstance(message, self._terms.kinds):
             raise _unknown(kind)
         self.check()
@@ -2534,7 +2563,7 @@ class TaskContext:
         self.check()
         if self.closed:
             what = type(sent.message).__name__ if type(sent) is _Sent else "execute()"
-            raise MessageRefused(f"task {self.name!r} has finished: {what} came too late to be stored")
+            raise MessageRefused(f"task {self.name!r} has already finished; {what} was not stored")
 
 
 def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
@@ -2759,7 +2788,8 @@ class RunResult:
             with _connect_readonly(self.database) as conn:
                 row = conn.execute(FIND_RESULT, (name,)).fetchone()
         except sqlite3.Error as error:
-            raise DatabaseError(self.database, f"has no results: {error}", "keep status, in a file") from error
+            what = f"has no results: {error}"
+            raise DatabaseError(self.database, what, "use a file, and keep the task status") from error
         if row is None:
             raise KeyError(name)
         return row[0]  # type: ignore[no-any-return]
@@ -2810,7 +2840,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {  # of a run: defau
     "atomic": (True, _is_any, ""),
 }
 WRITER_OPTIONS = ("wal", "store_task_status", "schema", "handlers", "busy_timeout", "durable")
-STAGE_OPTIONS = ("retries", "retry_delay", "timeout", "atomic")  # a stage may have its own
+STAGE_OPTIONS = _Terms._fields[3:]  # a stage may have its own
 
 
 def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] = OPTIONS) -> None:
@@ -2818,14 +2848,14 @@ def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] =
     if unknown:
         raise UsageTypeError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     for name, value in options.items():
-        default, test, expected = OPTIONS[name]
+        _, test, expected = OPTIONS[name]
         if not test(value):
             kind = UsageTypeError if name in ("schema", "executor", "redo") else UsageError
             raise kind(f"{name}={value!r}: expected {expected}")
     if options.get("resume") and not options.get("store_task_status", True):
         raise UsageError(
-            "resume=True needs to know what is done, and store_task_status=False keeps no record of it; "
-            "leave one of them out"
+            "resume=True needs the task status, which store_task_status=False does not keep; "
+            "remove one of them"
         )
 
 
@@ -2900,7 +2930,7 @@ class _Stage:
         self.declared, self.name = declared, declared.name
         chosen = {**options, **declared.options}
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
-        terms = (chosen[name] for name in _Terms._fields[3:])
+        terms = (chosen[name] for name in STAGE_OPTIONS)
         self.terms = _Terms(path, kinds, limit, *terms)
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
@@ -2962,10 +2992,10 @@ class _Graph:
     def stirred(self, stage: _Stage) -> None:
         """A task of this stage has ended, or its items have: perhaps it has ended itself."""
         stirred = [stage]
-        for stage in stirred:  # which grows: a follower may have nothing to do
-            if stage.has_ended():
-                for follower in stage.place.followers:
-                    self._tell(follower, stage)
+        for ended in stirred:  # which grows: a follower may have nothing to do
+            if ended.has_ended():
+                for follower in ended.place.followers:
+                    self._tell(follower, ended)
                     if not follower.place.waits:
                         self.begin(follower)
                         stirred.append(follower)
@@ -3141,8 +3171,9 @@ class _EventLoop:
         with self._lock:
             if self._thread is None:
                 ready = threading.Event()
-                target = lambda: asyncio.run(self._serve(ready))  # noqa: E731
-                thread = _TaskThread(target=target, name="pipeloom-loop", daemon=True)
+                thread = _TaskThread(
+                    target=lambda: asyncio.run(self._serve(ready)), name="pipeloom-loop", daemon=True
+                )
                 _start(thread)
                 ready.wait(GRACE)
                 self._thread = thread
@@ -3259,7 +3290,7 @@ class _Worker(_TaskThread):
             self._fail(ctx, error)
         else:
             if not accepted and not ctx.cancelled:
-                ctx.tell(logging.DEBUG, "task %r was finished twice; the first counts", ctx.name)
+                ctx.tell(logging.DEBUG, "task %r finished twice; only the first counts", ctx.name)
 
     def _call(self, ctx: _Attempt) -> object:
         declared, executor = ctx.stage.declared, ctx.stage.terms.executor
@@ -3271,7 +3302,7 @@ class _Worker(_TaskThread):
             if told is not None:
                 raise _RemoteError(*told)
             for message in messages:
-                ctx.deliver(message) if isinstance(message, tuple) else ctx.put(message)
+                ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
             return value
         try:
             value = declared.call(declared.function, ctx)
@@ -3297,9 +3328,8 @@ class _Worker(_TaskThread):
     def _fail(self, ctx: _Attempt, error: BaseException) -> None:
         if ctx.closed:
             level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
-            return ctx.tell(
-                level, "task %r raised after its finish, which counts: %s", ctx.name, _describe(error)
-            )
+            told = "task %r raised an exception after it had finished, which is ignored: %s"
+            return ctx.tell(level, told, ctx.name, _describe(error))
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
         ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
@@ -3339,7 +3369,7 @@ class _Crew:
             except PipeloomError:
                 if not number:
                     raise
-                told = "only %d of %d workers start: the system has no more threads (ulimit -u)"
+                told = "only %d of %d workers started: the system allows no more threads (ulimit -u)"
                 self._run.display.tell(logging.WARNING, told, number, self.size)
                 break
 
@@ -3390,9 +3420,9 @@ class _Crew:
             self.has_lost = False
             for ctx in list(self.live.values()):
                 if ctx.lost:
-                    ctx.cut_off(ERROR, "it ended, and how could not be recorded: there was no memory")
+                    ctx.cut_off(ERROR, "out of memory; the exception could not be recorded")
         if self.live and not self._run.stopping and not any(map(_Worker.is_alive, tuple(self._threads))):
-            raise PipeloomError("no worker is left, as the system starts no new thread; run again with fewer")
+            raise PipeloomError("no worker is left, and the system allows no new threads; use fewer workers")
 
     def dismiss(self, has_waited: Callable[[float], bool]) -> None:
         """Have all end when what they do has ended; a task that hangs is left behind."""
@@ -3413,17 +3443,16 @@ class _Crew:
                 return  # the function has just returned
             ctx.abandoned = True
         if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
-            ctx.tell(logging.WARNING, "task %r has ended, but its function goes on: it %s", ctx.name, text)
+            told = "task %r has ended, but its function is still running: it %s"
+            ctx.tell(logging.WARNING, told, ctx.name, text)
         else:
             stack, place = _stack_of(thread)
             ctx.trouble = _Trouble(TimeoutError(text), stack, f"{text} at {place}" if place else text)
         try:
             self._start_one()
         except PipeloomError:
-            ctx.tell(
-                logging.WARNING, "no thread starts in place of the one of task %r; %d workers are left",
-                ctx.name, len(self._threads) - 1,
-            )  # fmt: skip
+            told = "cannot start a worker to replace the one that task %r blocks; %d workers are left"
+            ctx.tell(logging.WARNING, told, ctx.name, len(self._threads) - 1)
         self._threads.discard(thread)  # nobody waits for it; not sooner, as then none might seem to be left
         ctx.cut_off(ERROR, text)
         ctx.cancel(text)
@@ -3436,8 +3465,8 @@ def _start(thread: threading.Thread) -> None:
         if error.__context__ is not None:  # a stray exception's doing
             raise
         raise PipeloomError(
-            f"the system starts no thread for the {thread.name.partition('-')[2]}: {error}"
-            "; raise its limit (ulimit -u), or end other programs"
+            f"cannot start a thread for the {thread.name.partition('-')[2]}: {error}"
+            "; raise the limit (ulimit -u) or close other programs"
         ) from error
 
 
@@ -3792,9 +3821,9 @@ class _Run:
             self.wake.wait(POLL)
         if shown == ":memory:":
             self.display.tell(
-                logging.WARNING, "the database is :memory:, so that nothing is left of it after the run"
+                logging.WARNING, "the database is :memory:; nothing will be kept after the run"
             )
-        self.display.tell(logging.INFO, "database %r is open; %d workers start", shown, self.crew.size)
+        self.display.tell(logging.INFO, "database %r is open; starting %d workers", shown, self.crew.size)
         ids = dict(chain.from_iterable(stage.declared.ids.items() for stage in self.graph.stages))
         roster = _Roster(self.writer, self.options["resume"], ids, self._is_out_of_patience)
         self.ends.add(roster.close)  # before the writer's last checkpoint, which then leaves no side files
@@ -3838,7 +3867,8 @@ class _Run:
             for ctx, status, message in ended:
                 if status == QUEUED:
                     delay = self.crew.retry(ctx, message)
-                    self.display.tell(logging.INFO, "task %r: %s; again in %.1f s", ctx.name, message, delay)
+                    told = "task %r: %s; retrying in %.1f s"
+                    self.display.tell(logging.INFO, told, ctx.name, message, delay)
                     continue
                 stage = ctx.stage
                 self.crew.live.pop(ctx.task_id, None)
@@ -3877,7 +3907,7 @@ class _Run:
             running = sum(ctx.started_at > "" for ctx in list(self.crew.live.values()))
             what = f"{running} running task{'s' * (running != 1)} will finish first" * (running > 0)
             self.display.tell(
-                logging.WARNING, "%s: nothing new starts%s (again: leave now)",
+                logging.WARNING, "%s: no new tasks will start%s (again: leave now)",
                 self.signals.name(), what and f"; {what}",
             )  # fmt: skip
         if urgency > 1:
@@ -3926,7 +3956,7 @@ def _delay(first: float, attempt: int) -> float:
 
 
 def run_pipeline(
-    tasks: Any, db_path: Any = "./pipeloom.db", *, worker_fn: Any = None, **options: Any
+    tasks: Any, db_path: Any = "./pipeloom.db", *, worker_fn: Any = None, **options: Unpack[RunOptions]
 ) -> RunResult:
     """Run `worker_fn(task, context)` for every task, on threads, and store all of it in one SQLite file.
 
@@ -3944,12 +3974,12 @@ def run_pipeline(
     wal=True                 False for file systems where WAL does not work
     redo=()                  names of tasks that run again although they are done, as with resume=True
     resume=False             True skips what an earlier run has done, known by its task_id or else its name
-    retries=0                how often a task that failed is tried again
+    retries=0                how many times a failed task is retried
     retry_delay=1.0          seconds before the first retry, then twice as long each time, up to an hour
     timeout=None             seconds that one attempt may take
     busy_timeout=300.0       seconds to wait for another process's lock on the database
     durable=False            True makes each commit survive a power loss too
-    atomic=True              False stores rows as they come, done or not, for loads too big to be held
+    atomic=True              False stores rows as they come, done or not, for loads that do not fit in memory
 
     Raises UsageError or UsageTypeError before anything is written, WriterFailed if the database fails
     during the run, PipelineError, and whatever the iterable raises, after the running tasks have finished.
@@ -3971,7 +4001,7 @@ def run_pipeline(
     return _run({declared: []}, os.fsdecode(db_path), options)
 
 
-def _run(after: dict[_Declared, list[_Declared]], path: str, options: dict[str, Any]) -> RunResult:
+def _run(after: dict[_Declared, list[_Declared]], path: str, options: Mapping[str, Any]) -> RunResult:
     if _Session.current is not None:  # the command line's, whose options win
         return _Session.current.run(after, path, options)
     return _Run(after, path, options).execute()
@@ -3982,8 +4012,8 @@ def _check_function(what: str, function: Any, *arguments: str) -> None:
     from inspect import isasyncgenfunction, isgeneratorfunction, signature
 
     if isgeneratorfunction(function) or isasyncgenfunction(function):
-        why = "is a generator, whose body would never run"
-        raise UsageTypeError(f"{what} {why}; use ctx.progress(), not yield")
+        why = "is a generator function, so its body would never run"
+        raise UsageTypeError(f"{what} {why}; replace yield with ctx.progress()")
     try:
         signature(function).bind(*arguments)
     except TypeError as error:
@@ -4031,10 +4061,10 @@ class Pipeline:
         pipe.main()
 
     `options` are those of run_pipeline; those of run() win over them, and a task's own (retries,
-    retry_delay, timeout, atomic) over both.
+    retry_delay, timeout, atomic, executor) over both.
     """
 
-    def __init__(self, db_path: Any = "./pipeloom.db", **options: Any) -> None:
+    def __init__(self, db_path: Any = "./pipeloom.db", **options: Unpack[RunOptions]) -> None:
         if not _is_path(db_path):
             raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in Pipeline('jobs.db')")
         _check_options("Pipeline", options)
@@ -4042,6 +4072,20 @@ class Pipeline:
         self._options = options
         self._declared: dict[str, _Declared] = {}
         self._handlers: dict[type, Handler] = {}
+
+    if TYPE_CHECKING:
+
+        @overload
+        def task(
+            self, function: Function, *, each: Any = None, name: Any = None, after: Any = (),
+            even_if_failed: bool = False, **options: Unpack[TaskOptions],
+        ) -> Function: ...  # fmt: skip
+
+        @overload
+        def task(
+            self, *, each: Any = None, name: Any = None, after: Any = (),
+            even_if_failed: bool = False, **options: Unpack[TaskOptions],
+        ) -> Callable[[Function], Function]: ...  # fmt: skip
 
     def task(
         self, function: Any = None, *, each: Any = None, name: Any = None, after: Any = (),
@@ -4059,7 +4103,8 @@ class Pipeline:
                  something that it comes after has run since.
         even_if_failed    it starts when all that it comes after has ended, however that ended.
 
-        The options are retries, retry_delay, timeout and atomic. What the function returns is the result.
+        The options are retries, retry_delay, timeout, atomic and executor. What the function returns is
+        the result.
         """
         if function is None:
             options.update(each=each, name=name, after=after, even_if_failed=even_if_failed)
@@ -4077,18 +4122,18 @@ class Pipeline:
         self._declared[declared.name] = declared
         return function
 
-    def handles(self, kind: type) -> Callable[[Handler], Handler]:
+    def handles(self, kind: type) -> Callable[[Handles], Handles]:
         """Declare a function(connection, message) as the handler of a message class; a decorator."""
         if not isinstance(kind, type):
             raise UsageTypeError(f"handles({kind!r}): expected a message class, as in @pipe.handles(Message)")
 
-        def declare(handler: Handler) -> Handler:
+        def declare(handler: Handles) -> Handles:
             self._handlers[kind] = handler
             return handler
 
         return declare
 
-    def run(self, db_path: Any = None, **options: Any) -> RunResult:
+    def run(self, db_path: Any = None, **options: Unpack[RunOptions]) -> RunResult:
         """Run all tasks; blocks, takes the options of run_pipeline and raises what that raises.
 
         `db_path` is another database for this run.
@@ -4103,7 +4148,8 @@ class Pipeline:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
         if _Session.importing:
             raise UsageError(
-                "the pipeline runs when its file is imported; put that under `if __name__ == '__main__':`"
+                "pipe.main() was called while the file was being imported; "
+                "put it under `if __name__ == '__main__':`"
             )
         if _Session.current is not None:  # `pipeloom run` has called the function that called this
             self.run()
@@ -4189,7 +4235,7 @@ def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]
         while walk[-1] not in walk[:-1]:
             walk.append(min(before.name for before in stuck[walk[-1]] if before.name in stuck))
         cycle = " after ".join(walk[walk.index(walk[-1]) :])
-        raise UsageError(f"a task comes after itself: {cycle}; remove one of these after=")
+        raise UsageError(f"circular after=: {cycle}; remove one of them")
     return free
 
 
@@ -4202,7 +4248,7 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
     Raises DatabaseError if there is no such database, and does not create it.
     """
     if not os.path.isfile(db_path):
-        raise DatabaseError(db_path, "does not exist", "name the file that a run has made, with --db")
+        raise DatabaseError(db_path, "does not exist", "pass the database of a run with --db")
     side_files = [os.path.realpath(db_path) + end for end in ("-wal", "-journal")]
     idle = not any(map(os.path.exists, side_files))
     try:
@@ -4221,10 +4267,12 @@ def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str
         if _trouble(error) == "lock":
             raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
         if "readonly" in str(error):
-            raise DatabaseError(db_path, "was left half-written", "run again; that rolls it back") from error
+            what = "was left half-written by a killed run"
+            raise DatabaseError(db_path, what, "start the next run, which rolls that back") from error
         if "no such table" in str(error) and _RunLock.is_held(db_path):  # a run is about to make it
             return {"database": db_path, "counts": {}, "run": None, "tasks": []}
-        raise DatabaseError(db_path, f"has no status: {error}", "name a database of pipeloom") from error
+        what = f"has no task status: {error}"
+        raise DatabaseError(db_path, what, "pass a database that pipeloom has written") from error
     if idle and any(map(os.path.exists, side_files)):  # a run has begun meanwhile: read what it commits
         return read_status(db_path, limit, failed)
     if run and run["status"] == RUNNING and _RunLock.is_held(db_path) is False:
@@ -4326,7 +4374,7 @@ def _print(text: str) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # flushing stdout at exit would say it again
         if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            raise UsageError(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
+            raise UsageError(f"cannot write to stdout: {error.strerror}; redirect it") from error
 
 
 def _setup_logging_of(args: Any) -> None:
@@ -4391,7 +4439,7 @@ def _new_parser(prog: str, description: str) -> Any:
 
 
 def _parser() -> Any:
-    text = "Run many tasks at once, store what they make in one SQLite file, watch them live."
+    text = "Run many tasks at once, store what they produce in one SQLite file, watch them live."
     parser = _new_parser(f"python -m {__name__}", text)
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -4399,21 +4447,21 @@ def _parser() -> Any:
     def command(name: str, function: Callable[[Any], int], text: str, db: Any = "./pipeloom.db") -> Any:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=function)
-        default = db or "the one that the program names"
+        default = db or "the one in the program"
         sub.add_argument("--db", default=db, metavar="FILE", help=f"the database (default: {default})")
         return sub.add_argument
 
     add = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
     add("-n", "--num-tasks", type=_number_from(1), default=20, metavar="N", help="how many (default: 20)")
     add("--no-wal", action="store_true", help="use SQLite's rollback journal")
-    add("--fail", type=_number_from(0), default=0, metavar="N", help="let N tasks fail")
+    add("--fail", type=_number_from(0), default=0, metavar="N", help="make N tasks fail")
     _add_common_options(add)
-    add = command("run", _cmd_run, "Run a pipeline or a function of yours, or a file of yours.", None)
+    add = command("run", _cmd_run, "Run your pipeline, function or file.", None)
     target = "package.module:name, file.py:name, or file.py (its main, or its Pipeline)"
     add("target", metavar="TARGET", help=target)
-    add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function")
+    add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function (repeatable)")
     _add_run_options(add)
-    add = command("status", _cmd_status, "Show the tasks of a database, also while they run.")
+    add = command("status", _cmd_status, "Show the tasks of a database, even during a run.")
     add("-n", "--limit", type=_number_from(1), default=20, metavar="N", help="how many tasks (default: 20)")
     add("--failed", action="store_true", help="only tasks that failed or were cancelled")
     add("--watch", action="store_true", help="again every second, until the run has ended")
@@ -4431,10 +4479,10 @@ def _pipeline_parser(pipe: Pipeline) -> Any:
 
 
 def _add_run_options(add: Callable[..., Any]) -> None:
-    add("--retries", type=_number_from(0), metavar="N", help="try a failed task N times again")
-    add("--timeout", type=float, metavar="SECONDS", help="how long an attempt may take")
-    add("--fail-fast", action="store_true", default=None, help="stop starting at the first failure")
-    add("--durable", action="store_true", default=None, help="let each commit survive a power loss too")
+    add("--retries", type=_number_from(0), metavar="N", help="retry a failed task up to N times")
+    add("--timeout", type=float, metavar="SECONDS", help="time limit for one attempt")
+    add("--fail-fast", action="store_true", default=None, help="start no more tasks after the first failure")
+    add("--durable", action="store_true", default=None, help="make each commit survive a power loss")
     add("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
     add("--dry-run", action="store_true", help="print the names of the tasks and run none")
     _add_common_options(add)
@@ -4445,8 +4493,8 @@ def _add_common_options(add: Callable[..., Any]) -> None:
     add("--redo", action="append", metavar="NAME", help="skip what is done, but not this; may be repeated")
     add("-q", "--quiet", action="store_true", help="print nothing when all goes well")
     add("-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once")
-    add("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
-    add("-l", "--log-file", metavar="FILE", help="log to this file, too")
+    add("-v", "--verbose", action="count", default=0, help="log more; -vv logs everything")
+    add("-l", "--log-file", metavar="FILE", help="also log to FILE")
 
 
 def _number_from(low: int) -> Callable[[str], int]:
@@ -4464,8 +4512,8 @@ def _cmd_demo(args: Any) -> int:
     names = [f"task-{id}{'!' if id <= args.fail else ''}" for id in range(1, args.num_tasks + 1)]
     tasks = [Task(id, name, steps=10 + 7 * id % 21) for id, name in enumerate(names, 1)]
     workers = args.workers or min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
-    options = {"workers": workers, "wal": not args.no_wal, "worker_fn": demo_worker}
-    return _Session(args).call(lambda: run_pipeline(tasks, args.db, **options))
+    options: RunOptions = {"workers": workers, "wal": not args.no_wal}
+    return _Session(args).call(lambda: run_pipeline(tasks, args.db, worker_fn=demo_worker, **options))
 
 
 def _cmd_run(args: Any) -> int:
@@ -4478,14 +4526,16 @@ def _cmd_run(args: Any) -> int:
         _setup_logging_of(args)  # after the program's own, which may configure it
     if isinstance(function, Pipeline):
         if arguments:
-            raise UsageError(f"--arg: {args.target} is a Pipeline, which takes none; name a function instead")
+            what = f"--arg: {args.target} is a Pipeline, which takes no arguments"
+            raise UsageError(f"{what}; pass a function instead")
         function = function.run
     try:
         with suppress(ValueError):  # of a builtin that does not tell its parameters
             signature(function).bind(**arguments)
     except TypeError as error:
         name = getattr(function, "__name__", function)
-        raise UsageError(f"--arg: the call of {name} fails: {error}; see its parameters") from error
+        what = f"--arg: {name}() cannot be called like this: {error}"
+        raise UsageError(f"{what}; check its parameters") from error
     return _Session(args).call(lambda: function(**arguments))
 
 
@@ -4509,7 +4559,7 @@ def _load_target(target: str) -> Any:
     if not place or not (name or is_file):
         raise UsageError(f"{what}: expected package.module:name, file.py:name or file.py")
     if is_file and not os.path.isfile(place):
-        raise UsageError(f"{what}: there is no file {place!r}; name an existing one")
+        raise UsageError(f"{what}: there is no file {place!r}; check the path")
     try:
         _Session.importing = True
         found = _import_target(place)
@@ -4518,7 +4568,7 @@ def _load_target(target: str) -> Any:
     except Exception as error:
         logger.debug("importing %r failed", place, exc_info=True)
         why = _describe(error)
-        raise UsageError(f"{what} cannot be imported: {why}; check it, -vv shows where") from error
+        raise UsageError(f"{what} cannot be imported: {why}; -vv shows the traceback") from error
     finally:
         _Session.importing = False
     pipelines = [value for value in vars(found).values() if isinstance(value, Pipeline)]
@@ -4531,13 +4581,12 @@ def _load_target(target: str) -> Any:
             raise UsageError(f"{what}: {place!r} has no {part!r}; name a function of it, as {place}:name")
         found = getattr(found, part)
     if not callable(found) and not isinstance(found, Pipeline):
-        raise UsageError(f"{what} is {found!r}, which cannot be called; name a function or Pipeline")
+        raise UsageError(f"{what} is {found!r}, which cannot be called; pass a function or a Pipeline")
     return found
 
 
 def _import_target(place: str) -> Any:
     """Import a module by its name, or a file from where it is, whatever else has its name."""
-    from importlib import import_module
     from importlib.util import module_from_spec, spec_from_file_location
 
     if not place.endswith(".py"):
@@ -4704,7 +4753,7 @@ def _cmd_status(args: Any) -> int:
 
 def _cmd_init_db(args: Any) -> int:
     if args.db == ":memory:":
-        raise UsageError("--db ':memory:' would be gone at once; name a file")
+        raise UsageError("--db ':memory:' would not be kept; pass the path of a file")
     _check_database(args.db)
     try:
         with closing(connect(args.db)) as conn:

@@ -1000,16 +1000,16 @@ def test_the_first_finish_counts_and_what_comes_after_it_is_dropped_or_refused(d
         ctx.put(MsgTaskFinished(1, "done", "t1", result="first"))
         ctx.put(MsgTaskFinished(1, "error", "t2", result="second"))
         ctx.put(MsgTaskProgress(1, 1, 5))
-        with pytest.raises(pipeloom.MessageRefused, match="task 'one' has finished: User came too late"):
+        with pytest.raises(pipeloom.MessageRefused, match="task 'one' has already finished; User was not stored"):
             ctx.put(User("late", "x"))
-        with pytest.raises(pipeloom.MessageRefused, match="came too late"):
+        with pytest.raises(pipeloom.MessageRefused, match=r"execute\(\) was not stored"):
             ctx.execute("INSERT INTO users VALUES (1, 2)")
         raise RuntimeError("after all")
 
     run([Task(1, "one")], db, work, schema=USERS, handlers={User: insert_user})
     assert rows(db, "SELECT status, result, progress FROM task_runs") == [("done", "first", 1.0)]
     assert rows(db, "SELECT * FROM users") == []
-    assert "raised after its finish, which counts: RuntimeError: after all" in caplog.text
+    assert "raised an exception after it had finished, which is ignored: RuntimeError: after all" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -1600,7 +1600,7 @@ def test_the_writer_dies_and_no_worker_stays_blocked(db, watch):
 
     dying = threading.Event()
     watch(db, fail)
-    with pytest.raises(pipeloom.WriterFailed, match="gave up: MemoryError: no memory for the batch"):
+    with pytest.raises(pipeloom.WriterFailed, match="failed: MemoryError: no memory for the batch"):
         run(range(5_000), db, work, workers=4)
 
 
@@ -1646,7 +1646,7 @@ def test_a_file_that_may_grow_no_more_ends_the_run_and_the_next_finishes_it(home
     (home / "fill.py").write_text(FILL)
     for limit in (20_000, 400_000):
         done = python("fill.py", limit, cwd=home, code=1)
-        assert re.search(r"(disk I/O error|disk is full), still after .* make room on the disk", done.stderr)
+        assert re.search(r"(disk I/O error|disk is full), still after .* free some disk space", done.stderr)
         assert rows(home / "job.db", "PRAGMA integrity_check") == [("ok",)]
     python("fill.py", cwd=home, code=0)
     assert rows(home / "job.db", "SELECT count(*), count(DISTINCT item) FROM made") == [(200, 200)]
@@ -1658,7 +1658,7 @@ def test_a_full_disk_ends_the_run_and_with_room_the_next_finishes_it(homes, capl
         folder = homes()
         db = folder / "job.db"
         with small_disk(folder):
-            with pytest.raises(pipeloom.WriterFailed, match="full, still after .* make room on the disk"):
+            with pytest.raises(pipeloom.WriterFailed, match="full, still after .* free some disk space"):
                 fill(db, wal=wal, busy_timeout=0.3)
             stored = rows(db, "SELECT item FROM made")
             assert rows(db, "SELECT id - 1 FROM task_runs WHERE status = 'done'") == stored
@@ -1680,7 +1680,7 @@ def test_a_full_disk_ends_the_run_and_with_room_the_next_finishes_it(homes, capl
         q.execute("INSERT INTO made VALUES (?, ?)", (item, "x" * 3000))
 
     at_once(one, [(True,), (False,)])
-    assert caplog.text.count("full; waiting up to 10 s for that to pass") == 2
+    assert caplog.text.count("full; trying again for up to 10 s") == 2
 
 
 NO_MEMORY = """
@@ -1715,7 +1715,7 @@ def test_damaged_pages_end_the_run_with_one_clear_error(db, table):
         file.seek((root - 1) * 4096)
         file.write(b"\xff" * 4096)
     error = pipeloom.WriterFailed if table == "users" else pipeloom.DatabaseError
-    with pytest.raises(error, match="malformed; restore (it|a copy of it) or use another file"):
+    with pytest.raises(error, match="malformed; restore it(| from a backup) or use another file"):
         run(["new"] * 100, db, lambda item, q: q.execute("INSERT INTO users VALUES ('new', '')"))
 
 
@@ -1881,7 +1881,7 @@ def test_a_task_that_has_ended_and_goes_on_past_its_deadline_holds_no_worker(db,
     run(["a", "b"], db, work, workers=1, timeout=60, atomic=False, check=False)
     over.set()
     assert [row[2] for row in rows(db)] == ["done" if how == "finished" else "error", "done"]
-    assert "task 'a' has ended, but its function goes on: it timed out after 60 s" in caplog.text
+    assert "task 'a' has ended, but its function is still running: it timed out after 60 s" in caplog.text
 
 
 @pytest.mark.parametrize("late", ["finish", "deadline"])
@@ -2395,11 +2395,11 @@ def test_a_foreign_lock_that_passes_is_waited_out_with_one_warning(tmp_path, cap
         assert [row[2] for row in rows(path)] == ["done"] * 5
         assert rows(path, "SELECT key FROM users ORDER BY key") == [("1",), ("2",), ("3",), ("4",)]
         (warning,) = (text for text in caplog.messages if str(path) in text)
-        assert "database is locked; waiting up to 300 s for that to pass" in warning
+        assert "database is locked; trying again for up to 300 s" in warning
 
 
 def test_a_foreign_lock_that_stays_ends_the_run_with_one_clear_error(tmp_path):
-    said = "database is locked, still after .* end the program that holds it, or pass a longer busy_timeout="
+    said = "database is locked, still after .* close the program that holds the lock, or pass a longer busy_timeout="
 
     def one(moment):
         path = tmp_path / f"{moment}.db"
@@ -2582,7 +2582,7 @@ def test_a_signal_lets_what_runs_finish_and_a_second_one_leaves_at_once(homes):
             threading.Event().wait(0.2)  # in Python, a signal just before a system call blocks goes unnoticed
             process.send_signal(number)
             for _ in range(times - 1):
-                assert "nothing new starts" in process.stderr.readline()
+                assert "no new tasks will start" in process.stderr.readline()
                 process.send_signal(number)
             _, errors = process.communicate(timeout=30)
             assert process.returncode == -number, errors
@@ -2827,8 +2827,8 @@ def test_a_display_that_hangs_harms_nothing(db, method, caplog, impatient):
         assert [row[2] for row in rows(db)] == ["done"] * len(tasks)
     finally:
         over.set()
-    assert "the progress display hangs, 0.1 s after the end" in caplog.text
-    assert method == "stop" or "and is off: it is 1,000 messages behind" in caplog.text
+    assert "the progress display did not stop within 0.1 s and was abandoned" in caplog.text
+    assert method == "stop" or "and was turned off: it is 1,000 messages behind" in caplog.text
 
 
 CLOSED_STREAMS = """
@@ -2849,7 +2849,7 @@ def test_closed_full_and_broken_streams_harm_nothing(home):
     subprocess.run(script, shell=True, cwd=str(home), timeout=60)
     assert [(home / str(n)).read_text() for n in range(1, 8)] == [f"{c}\n" for c in (0, 0, 1, 2, 2, 0, 0)]
     assert (home / "nothing").read_text() == ""
-    assert (home / "said").read_text().startswith("pipeloom: stdout cannot be written")
+    assert (home / "said").read_text().startswith("pipeloom: cannot write to stdout")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -2951,10 +2951,10 @@ WRONG_USE = [
     (lambda: run_one(path=3), TypeError, "db_path=3: expected a path"),
     (lambda: run_one(worker=3), TypeError, "worker_fn=3: expected a function(task, context) that does one task"),
     (lambda: run_pipeline([1], "x.db"), TypeError, "worker_fn=None: expected a function"),
-    (lambda: run_one(worker=generates), TypeError, "worker_fn is a generator, whose body would never run"),
+    (lambda: run_one(worker=generates), TypeError, "worker_fn is a generator function, so its body would never run"),
     (lambda: run_one(worker=lambda: None), TypeError, "worker_fn cannot be called with (task, context): too many"),
     (lambda: run_one([Task(1, "a"), Task(1, "b")]), ValueError, "task_id 1 is that of tasks 'a' and 'b'; give each its own"),
-    (lambda: run_one([Task("x", "a")]), ValueError, "task_id 'x' cannot be stored: expected a whole number of at most 64"),
+    (lambda: run_one([Task("x", "a")]), ValueError, "task_id 'x' cannot be stored: expected an integer of at most 64"),
     (lambda: run_one([Task(2**63, "a")]), ValueError, "task_id 9223372036854775808 cannot be stored"),
     # options of a run
     (lambda: run_one(wrokers=2), TypeError, "a run has no option wrokers; it has workers, wal, "),
@@ -2969,7 +2969,7 @@ WRONG_USE = [
     (lambda: run_one(handlers={"x": insert_user}), TypeError, "not 'x' to <function insert_user at ...>"),
     (lambda: run_one(handlers={User: 3}), TypeError, "handlers= maps message classes to functions, not ...User'> to 3"),
     (lambda: run_one(handlers={MsgTaskStarted: print}), ValueError, "handlers= names MsgTaskStarted, which the writer handles"),
-    (lambda: run_one(resume=True, store_task_status=False), ValueError, "resume=True needs to know what is done, and store_t"),
+    (lambda: run_one(resume=True, store_task_status=False), ValueError, "resume=True needs the task status, which store_t"),
     # options of a run, a Pipeline and a task
     *[
         (call, ValueError, said)
@@ -2993,7 +2993,8 @@ WRONG_USE = [
     # what Pipeline and its decorators are given
     (lambda: Pipeline(3), TypeError, "db_path=3: expected a path, as in Pipeline('jobs.db')"),
     (lambda: Pipeline("x.db", speed=1), TypeError, "Pipeline has no option speed; it has workers, wal, "),
-    (lambda: declare_one(workers=3), TypeError, "a task has no option workers; it has retries, retry_delay, timeout, atomic"),
+    (lambda: declare_one(workers=3), TypeError, "a task has no option workers; it has retries, retry_delay, timeout, atomic, executor"),
+    (lambda: declare_one(executor=3), TypeError, "executor=3: expected a concurrent.futures.Executor"),
     (lambda: Pipeline().task(3), TypeError, "task(3): expected a function; options are named, as in each="),
     (lambda: Pipeline().handles(nothing), TypeError, "handles(<function nothing at ...>): expected a message class, as in"),
     (lambda: declare_one(each=3), TypeError, "each=3 of task 'a': expected an iterable, or a function that makes one"),
@@ -3001,15 +3002,15 @@ WRONG_USE = [
     (lambda: declare_one(name=3), TypeError, "name=3 of task '<lambda>': expected a str, or a function of its each= item"),
     (lambda: declare_one(name=len), TypeError, "name=<built-in function len> of task '<lambda>': expected a str, or"),
     (lambda: declare_one(name=""), TypeError, "name='' of task '': expected a str"),
-    (lambda: declare_one(generates), TypeError, "the function of task 'a' is a generator, whose body would never run"),
-    (lambda: declare_one(generates_too, each=[1]), TypeError, "the function of task 'a' is a generator, whose body"),
+    (lambda: declare_one(generates), TypeError, "the function of task 'a' is a generator function, so its body would never run"),
+    (lambda: declare_one(generates_too, each=[1]), TypeError, "the function of task 'a' is a generator function, so its body"),
     (lambda: declare_one(lambda: None), TypeError, "the function of task 'a' cannot be called with (ctx): too many"),
     (lambda: declare_one(lambda a: None, each=[1]), TypeError, "of task 'a' cannot be called with (ctx, item): too many"),
     (lambda: declare_one(lambda a, b, c: None, each=[1]), TypeError, "with (ctx, item): missing a required argument: 'c'"),
     # a graph that cannot be
     (lambda: run_graph(), ValueError, "the pipeline has no task; declare one with @pipe.task"),
-    (lambda: run_graph(("a", "a")), ValueError, "a task comes after itself: a after a; remove"),
-    (lambda: run_graph(("a", "c"), ("b", "a"), ("c", "b")), ValueError, "comes after itself: a after c after b after a"),
+    (lambda: run_graph(("a", "a")), ValueError, "circular after=: a after a; remove"),
+    (lambda: run_graph(("a", "c"), ("b", "a"), ("c", "b")), ValueError, "circular after=: a after c after b after a"),
     (lambda: run_graph(("a", "load")), ValueError, "after='load' of task 'a': expected a task of this pipeline, which has a"),
     (lambda: run_graph(("a", nothing)), ValueError, "after='nothing' of task 'a': expected a task of this pipeline"),
     (lambda: run_graph(("a", 3)), ValueError, "after=3 of task 'a': expected a task"),
@@ -3017,15 +3018,15 @@ WRONG_USE = [
     (lambda: run_graph(("a", ()), ("b", "a[1]")), ValueError, "after='a[1]' of task 'b': expected a task"),
     (lambda: run_graph(("a", ()), ("a", ())), ValueError, "two tasks are named 'a'; give one of them another name"),
     # an unusable database
-    (lambda: run_one(path="folder"), ValueError, "database 'folder' is a directory; name a file in it"),
-    (lambda: run_one(path="no/x.db"), ValueError, "database 'no/x.db' cannot be made: there is no directory '.../no'; create"),
-    (lambda: run_one(path=""), ValueError, "database '' is no file name; name a file"),
-    (lambda: run_one(path="x\0.db"), ValueError, "database 'x\\x00.db' is no file name; name a file"),
+    (lambda: run_one(path="folder"), ValueError, "database 'folder' is a directory; pass the path of a file"),
+    (lambda: run_one(path="no/x.db"), ValueError, "database 'no/x.db' cannot be created: there is no directory '.../no'; create"),
+    (lambda: run_one(path=""), ValueError, "database '' is not a valid file name; pass the path of a file"),
+    (lambda: run_one(path="x\0.db"), ValueError, "database 'x\\x00.db' is not a valid file name; pass the path of a file"),
     (lambda: run_one(path="text.db"), ValueError, "database 'text.db' cannot be read: file is not a database; restore it"),
-    (lambda: run_one(path="other.db"), ValueError, "has a table task_runs of another shape: it lacks id INTEGER PRIMARY KEY, name, status, progress"),
-    (lambda: run_one(path="no.db"), ValueError, "database 'no.db' cannot be locked with the file '.../no.db-lock': "),
+    (lambda: run_one(path="other.db"), ValueError, "has a table task_runs that is not pipeloom's: it has no id INTEGER PRIMARY KEY, name, status, progress"),
+    (lambda: run_one(path="no.db"), ValueError, "database 'no.db' cannot be locked through '.../no.db-lock': "),
     (lambda: run_one(path=os.devnull), ValueError, "is not a regular file"),
-    (lambda: pipeloom.read_status("x.db"), ValueError, "database 'x.db' does not exist; name the file that a run has made"),
+    (lambda: pipeloom.read_status("x.db"), ValueError, "database 'x.db' does not exist; pass the database of a run"),
 ]  # fmt: skip
 
 
@@ -3044,31 +3045,31 @@ BAD_COMMANDS = [
     (["demo", "-n", "0"], "--num-tasks: '0': expected a whole number from 1"),
     (["demo", "-n", "-3"], "'-3': expected a whole number from 1"),
     (["demo", "-w", "0"], "--workers: '0': expected a whole number from 1"),
-    (["demo", "--db", ""], "database '' is no file name; name a file"),
-    (["demo", "--db", "folder"], "database 'folder' is a directory; name a file in it"),
+    (["demo", "--db", ""], "database '' is not a valid file name; pass the path of a file"),
+    (["demo", "--db", "folder"], "database 'folder' is a directory; pass the path of a file"),
     (["demo", "--db", "no/such/dir.db"], "there is no directory '.../no/such'; create it first"),
     (["demo", "--log-file", "no/such/x.log"], "--log-file 'no/such/x.log' cannot be written: No such file"),
     (["init-db", "--db", "no/such/dir.db"], "there is no directory '.../no/such'; create it first"),
-    (["init-db", "--db", ":memory:"], "--db ':memory:' would be gone at once; name a file"),
+    (["init-db", "--db", ":memory:"], "--db ':memory:' would not be kept; pass the path of a file"),
     (["status", "--limit", "x"], "--limit: 'x': expected a whole number from 1"),
     (["status", "--limit", "9" * 20], f"'{'9' * 20}': expected a whole number from 1"),
-    (["status", "--db", "missing.db"], "database 'missing.db' does not exist; name the file that a run has made"),
-    (["status", "--db", "text.db"], "database 'text.db' has no status: file is not a database; name a database of"),
-    (["status", "--db", "other.db"], "database 'other.db' has no status: no such column: status; name a database of"),
-    (["run", "nowhere.py"], "target 'nowhere.py': there is no file 'nowhere.py'; name an existing one"),
+    (["status", "--db", "missing.db"], "database 'missing.db' does not exist; pass the database of a run"),
+    (["status", "--db", "text.db"], "database 'text.db' has no task status: file is not a database; pass a database"),
+    (["status", "--db", "other.db"], "database 'other.db' has no task status: no such column: status; pass a database"),
+    (["run", "nowhere.py"], "target 'nowhere.py': there is no file 'nowhere.py'; check the path"),
     (["run", "no_such_module_x:main"], "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_x'"),
     (["run", "json:nothing"], "target 'json:nothing': 'json' has no 'nothing'; name a function of it, as json:name"),
     (["run", "json"], "target 'json': expected package.module:name, file.py:name or file.py"),
-    (["run", "math:pi"], "target 'math:pi' is 3.14..., which cannot be called; name a function"),
+    (["run", "math:pi"], "target 'math:pi' is 3.14..., which cannot be called; pass a function"),
     (["run", "json:dumps", "--arg", "novalue"], "--arg 'novalue': expected KEY=VALUE, as in --arg folder=incoming"),
-    (["run", "json:dumps", "--arg", "nosuch=1"], "--arg: the call of dumps fails: missing a required argument: 'obj'"),
+    (["run", "json:dumps", "--arg", "nosuch=1"], "--arg: dumps() cannot be called like this: missing a required argument: 'obj'"),
     (["run", "bad.py"], "target 'bad.py' cannot be imported: SyntaxError: "),
     (["run", "two.py"], "target 'two.py' has 2 pipelines; name one, as two.py:name"),
-    (["run", "now.py"], "the pipeline runs when its file is imported; put that under `if __name__ == '__main__':`"),
-    (["run", "pipe.py", "--arg", "a=1"], "--arg: pipe.py is a Pipeline, which takes none; name a function instead"),
+    (["run", "now.py"], "pipe.main() was called while the file was being imported; put it under `if __name__ == '__main__':`"),
+    (["run", "pipe.py", "--arg", "a=1"], "--arg: pipe.py is a Pipeline, which takes no arguments; pass a function instead"),
     (["run", "pipe.py", "--retries", "x"], "--retries: 'x': expected a whole number from 0"),
     (["run", "pipe.py", "--timeout", "0"], "timeout=0.0: expected a number of seconds above 0"),
-    (["run", "pipe.py", "--db", ""], "database '' is no file name; name a file"),
+    (["run", "pipe.py", "--db", ""], "database '' is not a valid file name; pass the path of a file"),
     (["run", "pipe.py", "--progress", "blink"], "progress='blink' is unknown: expected auto, rich, ansi, log, none"),
 ]  # fmt: skip
 
@@ -3337,7 +3338,7 @@ def test_an_id_that_a_settled_task_has_had_is_an_error(db):
         (MemoryError(), "MemoryError"),
         (BaseException("base"), "BaseException: base"),
         (RecursionError(), "RecursionError"),
-        (unshowable_error(None), "Mute: (its text cannot be shown)"),
+        (unshowable_error(None), "Mute: (no text: its __str__ raised)"),
         (unshowable_error(5), "SyntaxError"),
         (SyntaxError("bad", ("f", "1", "1", "text")), "SyntaxError"),
     ],
@@ -3401,9 +3402,9 @@ def test_values_whose_meaning_is_clear_are_stored_as_text(db):
         (lambda q: q.upsert("t", {"k": 1}, key="k"), "upsert into 't': rows is one mapping; expected a list of them"),
         (lambda q: q.upsert("t", [{"k": 1}], key="x"), "upsert into 't': key ['x'] is not among the columns ['k']"),
         (lambda q: q.upsert("t", [{"k": 1}], key=[]), "upsert into 't': key [] is not among the columns ['k']"),
-        (lambda q: q.put({"a": 1}), "nobody handles messages of type dict; pass handlers={dict: function}"),
-        (lambda q: q.put(None), "nobody handles messages of type NoneType"),
-        (lambda q: q.put(SENTINEL), "SENTINEL was put by a worker"),
+        (lambda q: q.put({"a": 1}), "no handler for messages of type dict; pass handlers={dict: function}"),
+        (lambda q: q.put(None), "no handler for messages of type NoneType"),
+        (lambda q: q.put(SENTINEL), "a worker must not send SENTINEL"),
     ],
 )  # fmt: skip
 def test_a_message_that_can_never_be_stored_is_refused_at_put(db, send, said):
@@ -3606,6 +3607,86 @@ def test_the_command_line_is_importable_by_the_module_path_of_the_original():
     assert main is pipeloom.main and pipeloom.cli.main is main
 
 
+TYPED = """
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeloom import MsgExecute, Pipeline, RunResult, Task, TaskContext, run_pipeline
+
+def work(task: Task, ctx: TaskContext) -> int:
+    for step in ctx.track([1, 2]):
+        ctx.progress(step, 2, task.name)
+    ctx.put(MsgExecute("SELECT 1"))
+    return 3
+
+class Message: pass
+def store(conn: sqlite3.Connection, message: Message) -> None: ...
+
+result: RunResult = run_pipeline([], "x.db", worker_fn=work, workers=3, handlers={Message: store}, timeout=1)
+print(result.done + 1, [failure.task.upper() for failure in result.failures])
+run_pipeline([], "x.db", worker_fn=work, worker=3)  # wrong
+run_pipeline([], "x.db", worker_fn=work, workers="3")  # wrong
+pipe = Pipeline("x.db", retries=2, executor=ThreadPoolExecutor())
+Pipeline("x.db", retires=2)  # wrong
+
+@pipe.task
+def bare(ctx: TaskContext) -> int:
+    return 1
+
+@pipe.task(each=lambda: Path().glob("*"), after=bare, executor=ThreadPoolExecutor())
+async def load(ctx: TaskContext, path: Path) -> str:
+    return path.name
+
+@pipe.task(retrys=1)  # wrong
+def mistyped(ctx: TaskContext) -> int:
+    return 1
+
+pipe.task(bare, name="again", retrys=1)  # wrong
+pipe.task(bare, name="again")("not a context")  # wrong
+bare("not a context")  # wrong
+load("not a context", Path())  # wrong
+
+@pipe.handles(Message)
+def handle(conn: sqlite3.Connection, message: Message) -> None: ...
+
+handle(1, Message())  # wrong
+
+@pipe.handles(Message)  # wrong
+def no_handler(conn: sqlite3.Connection) -> None: ...
+
+result = pipe.run(workers=3, resume=True)
+pipe.run(worker=3)  # wrong
+"""
+
+
+def test_type_checkers_find_mistyped_options_and_nothing_in_the_file(home):
+    """mypy sees no package that is installed: neither Rich nor typing_extensions has to be."""
+    pytest.importorskip("mypy")
+    (home / "typed.py").write_text(TYPED, encoding="utf-8")
+    options = ["--strict", "--no-site-packages", "--no-error-summary", "--show-error-codes"]
+    found = python("-m", "mypy", *options, "pipeloom.py", "typed.py", cwd=home, code=1).stdout
+    wrong = [f"typed.py:{number}" for number, line in enumerate(TYPED.split("\n"), 1) if "# wrong" in line]
+    errors = re.findall(r"^(.+?:\d+): error", found, re.M)
+    assert list(dict.fromkeys(errors)) == wrong, found
+
+
+def test_the_options_that_type_checkers_know_are_those_that_there_are():
+    known = {}
+    for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name in ("TaskOptions", "RunOptions"):
+            known[node.name] = {line.target.id for line in node.body}
+    for call, names in [
+        (lambda: run_one(x=1), known["TaskOptions"] | known["RunOptions"]),
+        (lambda: declare_one(x=1), known["TaskOptions"]),
+    ]:
+        with pytest.raises(pipeloom.UsageTypeError) as raised:
+            call()
+        assert set(str(raised.value).partition("it has ")[2].split(", ")) == names
+
+
 # ---- 4.3 The context -----------------------------------------------------------------------------------
 
 
@@ -3709,7 +3790,7 @@ def test_threads_of_a_worker_may_send_until_its_end_and_are_refused_after_it(db)
         assert over.wait(WAIT)
         ctx.put(MsgTaskProgress(ctx.task_id, 1, 2))  # which nobody needs any more
         ctx.put(MsgTaskFinished(ctx.task_id, "error", "now"))
-        with pytest.raises(pipeloom.MessageRefused, match="came too late to be stored"):
+        with pytest.raises(pipeloom.MessageRefused, match="was not stored"):
             ctx.execute("INSERT INTO users VALUES ('late', '')")
         with ctx.connect() as conn:
             told.append(conn.execute("SELECT count(*) FROM users").fetchone())
@@ -3921,7 +4002,7 @@ def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
     run(["a"], db, work, schema="CREATE TABLE t(a)")
     row = "params='hello': expected a row of values; for a single one, (value,)"
     frame = "upsert into 't': expected mappings, as in df.to_dict('records')"
-    transaction = "'COMMIT' was sent by a task; transactions are the writer's: leave it out"
+    transaction = "'COMMIT' is not allowed in a task, because the writer manages transactions; remove it"
     assert told == [row, row, frame, transaction]
 
 
@@ -4127,6 +4208,17 @@ def test_the_nearer_option_wins(db):
     assert sorted(tried) == ["other", "other", "own"]
     pipe.run(retries=2)
     assert sorted(tried[3:]) == ["other", "other", "other", "own"]
+
+
+def test_a_task_may_have_an_executor_of_its_own(db):
+    with ThreadPoolExecutor(1, "its") as its, ThreadPoolExecutor(1, "all") as everybodys:
+        pipe = Pipeline(db, progress="none", executor=everybodys)
+        for name, options in {"own": {"executor": its}, "none": {"executor": None}, "other": {}}.items():
+            pipe.task(lambda ctx: threading.current_thread().name, name=name, **options)
+        pipe.run()
+    stored = dict(rows(db, "SELECT name, result FROM task_runs"))
+    assert (stored["own"], stored["other"]) == ("its_0", "all_0")
+    assert "_0" not in stored["none"]
 
 
 @pytest.mark.parametrize("how", ["raises", "reports", "constraint", "constraint, streamed"])
@@ -4612,7 +4704,7 @@ def test_a_failure_is_one_line_in_the_log_ten_of_one_cause_at_most(db, caplog):
     said = [record.getMessage() for record in caplog.records]
     line = failing.__code__.co_firstlineno + 6
     assert said[0] == f"0 failed: ValueError: bad 0 (test_pipeloom.py:{line})"
-    assert said[9].endswith(" [the next ones like this are only counted]")
+    assert said[9].endswith(" [more failures like this one will only be counted]")
     assert said[10:] == [
         "worse failed: as I say",
         f"?[2J failed: RuntimeError: no (test_pipeloom.py:{line - 2})",
@@ -4742,13 +4834,13 @@ def test_the_log_file_has_failures_retries_and_how_the_run_ended(home):
     assert all(re.match(r"[\d-]{10} [\d:]{8},\d+ (INFO|ERROR) \[pipeloom\] ", line) for line in lines)
     failed = "work[1] failed: ZeroDivisionError: division by zero (t.py:4)"
     for said in (lines, done.stderr.splitlines()):
-        assert sum("again in" in line for line in said) == 1
+        assert sum("retrying in" in line for line in said) == 1
         assert sum(line.endswith(failed) for line in said) == 1
         assert sum("1 done, 1 failed in" in line for line in said) == 1  # on stderr by the summary alone
     assert re.search(r"run 1: 1 done, 1 failed in \d", lines[-1])
     (home / "log").unlink()
     done = python("t.py", "-l", "log", cwd=home, code=1)
-    assert "again in" in (home / "log").read_text() and "again in" not in done.stderr
+    assert "retrying in" in (home / "log").read_text() and "retrying in" not in done.stderr
 
 
 class Asking(logging.Handler):
@@ -5691,7 +5783,7 @@ def test_the_file_is_python_3_8_and_imports_only_the_standard_library():
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module.split(".")[0])
     if hasattr(sys, "stdlib_module_names"):
-        assert found - set(sys.stdlib_module_names) == {"rich"}
+        assert found - set(sys.stdlib_module_names) == {"typing_extensions"}  # for type checkers only
 
 
 def test_the_version_in_pyproject_is_read_from_the_module():
