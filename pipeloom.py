@@ -1149,9 +1149,8 @@ class SQLiteWriter(threading.Thread):
     """The thread that owns the SQLite connection: it applies the messages of `msg_q` and commits them.
 
     A run makes its own. It also works alone on a plain queue.Queue: start(), put messages, put SENTINEL,
-    join(), which raises what made the writer fail, if anything did. Override `handle(message)` in a
-    subclass to apply messages of your own to `self.conn`; call super().handle() for the others. `handle`
-    runs in this thread, inside a transaction, and again for the same message where that is replayed.
+    join(), which raises what made it fail. Override `handle(message)` in a subclass to apply messages of your
+    own to `self.conn`, inside the transaction, perhaps twice; call super().handle() for the others.
     """
 
     def __init__(
@@ -1180,16 +1179,12 @@ class SQLiteWriter(threading.Thread):
         }
         for kind, handler in {MsgExecute: _run_statement, **_checked_handlers(handlers or {})}.items():
             self._apply_by_type[kind] = partial(self._on_own, handler)
+        self.kinds = tuple(self._apply_by_type)  # the classes of messages that it applies
 
     @property
     def conn(self) -> sqlite3.Connection:
         """The connection, for handle(); of no use in other threads."""
         return self.store.conn
-
-    @property
-    def kinds(self) -> tuple[type, ...]:
-        """The classes of messages that it applies."""
-        return tuple(self._apply_by_type)
 
     _conn = conn  # the original's name
 
@@ -1233,7 +1228,6 @@ class SQLiteWriter(threading.Thread):
         self.error = told
 
     def _leave(self) -> None:
-        """The last word, which those who wait are told whatever else fails."""
         try:
             self.store.close()
         finally:
@@ -1323,9 +1317,8 @@ class SQLiteWriter(threading.Thread):
             else:
                 self.handle(message.message if kind is _Sent else message)
         except Exception as error:
-            with suppress(Exception):  # one that takes no attributes
-                place = message.place if kind in (_Statement, _Sent) else None
-                error.sent = place, getattr(error, "row", "")  # type: ignore[attr-defined]
+            if kind in (_Statement, _Sent):
+                error.sent = message.place, getattr(error, "row", "")  # type: ignore[attr-defined]
             raise
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
             what = "a handler's statement rolled back the transaction"
@@ -1339,8 +1332,6 @@ class SQLiteWriter(threading.Thread):
         if self._engine is not None and self.status.ended:
             self._engine.settle(self.status.ended)
         self.status.forget(self.shows)
-
-    # Messages
 
     def handle(self, message: Any) -> None:
         """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
@@ -2355,12 +2346,11 @@ _Sent = namedtuple("_Sent", "message rows place")  # what a task stores: how man
 _Statement = namedtuple("_Statement", "sql params many rows place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
 _NO_TROUBLE = _Trouble(None, None, "")
-_NO_GROUP: tuple[Any, list[Any], Any] = (object(), [], None)
+_NO_GROUP: tuple[Any, list[Any], Any, int] = (object(), [], None, 0)
 
 
 class TaskContext:
-    """What a worker gets as its queue: what its task may do. For the thread that runs the task, and those it
-    starts, until it ends.
+    """What a worker gets as its queue: what its task may do, in its thread and those it starts, until it ends.
 
     Rows and messages that it sends are kept here and stored together with the finish, if and only if the
     task is done; with atomic=False they are sent on as they come. Everything that sends raises TaskCancelled
@@ -2377,22 +2367,20 @@ class TaskContext:
     def __init__(self, terms: _Terms, task: Any, task_id: int, name: str, attempt: int = 1) -> None:
         self._terms = terms
         self.task = task  #: the task as it was given
-        self.task_id = task_id
-        self.name = name
+        self.task_id, self.name = task_id, name
         self.attempt = attempt  #: 1 for the first go, 2 for the first retry
         self.closed = False  # its end is on its way, and nothing is accepted any more
         self.reason: str | None = None  # why the task is to stop
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
         self._held_rows = self._thread = 0  # how many rows; which thread runs the function
-        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, their rows, and from where
+        self._group = _NO_GROUP  # consecutive statements with the same SQL; rows, sender's line, room for rows
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
 
-        Raises MessageRefused for a message that can never be stored. After the task's finish, further
-        status messages are dropped, as only the first finish counts, and anything else is refused. A handler
-        may get a message twice, when its batch is taken again: send a list, not an iterator.
+        Raises MessageRefused for a message that can never be stored. After the task's finish, status messages
+        are dropped and all else is refused. A handler may get a message twice: send a list, not an iterator.
         """
         kind = type(message)
         check = CHECKS.get(kind)
@@ -2427,11 +2415,9 @@ class TaskContext:
 
     def track(self, iterable: Iterable[Any], total: float | None = None) -> Iterator[Any]:
         """Pass items on and say how far they are, ten times a second at most."""
-        if total is None:
-            total = len(iterable) if hasattr(iterable, "__len__") else 0  # type: ignore[arg-type]
-        clock = time.monotonic
+        total = length_hint(iterable) if total is None and hasattr(iterable, "__len__") else total
+        clock, step = time.monotonic, 0
         due = clock() + FRAME
-        step = 0
         for step, item in enumerate(iterable, 1):
             yield item
             if self.reason is not None:
@@ -2448,8 +2434,9 @@ class TaskContext:
             if get_ident() != self._thread:
                 return self._send_rows(sql, [_row(params)])
             group = self._new_group(sql)
-        group[1].append(params if type(params) is tuple else _row(params))
-        if len(group[1]) >= self._terms.limit:
+        rows = group[1]
+        rows.append(params if type(params) is tuple else _row(params))
+        if len(rows) >= group[3]:
             self.flush()
         return None
 
@@ -2475,9 +2462,8 @@ class TaskContext:
         columns: list[str] = []
         sql = ""
         for row in rows:
-            if not sql or list(row) != columns:
-                columns = list(row)
-                sql = _upsert_sql(table, columns, keys)
+            if list(row) != columns or not columns:
+                columns, sql = list(row), _upsert_sql(table, list(row), keys)
             self.execute(sql, tuple(row.values()))
 
     def connect(self) -> sqlite3.Connection:
@@ -2503,8 +2489,7 @@ class TaskContext:
     # For the engine: what becomes of it. An _Attempt does some of these otherwise.
 
     def enter(self) -> None:
-        """The thread that calls this runs the task's function."""
-        self._thread = get_ident()
+        self._thread = get_ident()  # of whoever calls this: the thread that runs the function
 
     def owns(self, message: Any) -> bool:
         return bool(message.task_id == self.task_id)
@@ -2526,7 +2511,7 @@ class TaskContext:
         """Send the open group on."""
         if self._group is not _NO_GROUP:
             with self.lock:  # a thread of the task's may have ended it, and be here as well
-                (sql, rows, place), self._group = self._group, _NO_GROUP
+                (sql, rows, place, _), self._group = self._group, _NO_GROUP
             if rows:
                 self.deliver(_Statement(sql, rows, True, len(rows), place))
 
@@ -2552,11 +2537,11 @@ class TaskContext:
         _check_sql(sql)
         self._send(_Statement(sql, rows, True, len(rows), _place()))
 
-    def _new_group(self, sql: str) -> tuple[Any, list[Any], Any]:
+    def _new_group(self, sql: str) -> tuple[Any, list[Any], Any, int]:
         self.flush()
         self._refuse_if_closed()
         _check_sql(sql)
-        self._group = (sql, [], _place())
+        self._group = (sql, [], _place(), self._terms.limit)
         return self._group
 
     def _refuse_if_closed(self, sent: Any = None) -> None:
@@ -3791,14 +3776,13 @@ class _Run:
         return result
 
     def show_counts(self) -> None:
-        """Tell our displays, and the database, what becomes known while the run is on."""
         total, run_id = self.graph.total(), self.writer.status.run_id
         if self.display.know(total, self.tally.counts["skipped"]) and run_id is not None:
             self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
 
     def result(self) -> RunResult:
-        unpulled = self.graph.unpulled() if self.intake else 0
-        return self.tally.result(self.writer.status.run_id, unpulled, self.writer.store.path)
+        writer, unpulled = self.writer, self.graph.unpulled() if self.intake else 0
+        return self.tally.result(writer.status.run_id, unpulled, writer.store.path)
 
     def _work(self) -> None:
         """Each step says first how it will be ended."""
@@ -3820,9 +3804,7 @@ class _Run:
             self._check()
             self.wake.wait(POLL)
         if shown == ":memory:":
-            self.display.tell(
-                logging.WARNING, "the database is :memory:; nothing will be kept after the run"
-            )
+            self.display.tell(logging.WARNING, "the database is :memory:; nothing will be kept after the run")
         self.display.tell(logging.INFO, "database %r is open; starting %d workers", shown, self.crew.size)
         ids = dict(chain.from_iterable(stage.declared.ids.items() for stage in self.graph.stages))
         roster = _Roster(self.writer, self.options["resume"], ids, self._is_out_of_patience)
