@@ -400,9 +400,6 @@ CHECKS: dict[type, Callable[[Any], Any]] = {
 
 # ---- Database: how the file is opened, what it holds, which errors pass by themselves ------------------
 
-if sqlite3.sqlite_version_info < (3, 24):
-    raise ImportError(f"pipeloom needs SQLite 3.24 or newer, and this Python has {sqlite3.sqlite_version}")
-
 COLUMNS = {  # of task_runs; the first eight are the original pipeloom's
     "id": "INTEGER PRIMARY KEY",
     "name": "TEXT NOT NULL",
@@ -578,6 +575,9 @@ def _statements(script: str) -> Iterator[str]:
 
 def _check_database(path: str, kept: bool = True) -> None:
     """Find out before anything is written whether `path` can be this run's database; `kept`: with status."""
+    if sqlite3.sqlite_version_info < (3, 24):
+        version = sqlite3.sqlite_version
+        raise UsageError(f"pipeloom needs SQLite 3.24 or newer, not {version}; use another Python")
     if path == ":memory:":
         return
     if not path or "\0" in path:
@@ -3706,14 +3706,16 @@ class _Ends:
 
     def take(self, note: Callable[[BaseException], object]) -> None:
         """A step that a stray exception has cut short is taken again."""
-        for _ in range(100):  # and no more, if they never cease
+        failure, tries = None, 0
+        while self._steps and tries < 100:  # no more, if they never cease
             try:
                 while self._steps:
                     self._steps[-1]()
                     self._steps.pop()
-                return
-            except BaseException as error:
-                note(error)
+            except BaseException as error:  # of no memory, perhaps
+                failure, tries = error, tries + 1
+        if failure is not None:
+            note(failure)
 
 
 class _Run:

@@ -2217,7 +2217,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)
 try:
     result = pipeloom.run_pipeline(range(12), "x.db", worker_fn=work, workers=3, progress="none",
                                    check=False, schema="CREATE TABLE made(x)")
-except pipeloom.PipeloomError:  # the writer may have had no memory, either
+except (pipeloom.PipeloomError, MemoryError):  # the writer or this thread may have had no memory, either
     print("ended")
 else:
     print(result.done, result.error)
@@ -3230,6 +3230,13 @@ def test_importing_it_imports_nothing_slow(home):
         "if m in", "if m not in before and m in"
     )
     assert python("-S", "-c", program, cwd=home, code=0).stdout.strip() == "[]"
+
+
+def test_an_old_sqlite_is_one_clear_error_at_the_start_of_a_run(db, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 22, 0))
+    with pytest.raises(pipeloom.UsageError, match="pipeloom needs SQLite 3.24 or newer, not .*; use another Python"):
+        run(["a"], db, nothing)
+    assert not db.exists()
 
 
 # ---- 4.2 The message interface -------------------------------------------------------------------------
