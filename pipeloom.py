@@ -140,7 +140,7 @@ __all__ = [
     "SQLiteWriter", "Task", "TaskCancelled", "TaskContext", "TaskDef", "UsageError", "UsageTypeError",
     "WriterFailed",
     "__version__", "connect", "console", "demo_worker", "init_schema", "logger", "main",
-    "make_overall_progress", "make_task_progress", "preregister_task_bars", "run_pipeline",
+    "make_overall_progress", "make_task_progress", "preregister_task_bars", "read_status", "run_pipeline",
     "setup_logging", "wal_checkpoint",
 ]  # fmt: skip
 
@@ -4225,61 +4225,210 @@ def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
 
+KINDS = {RUNNING: "running", ERROR: "failed", CANCELLED: "cancelled", QUEUED: "queued", DONE: "done"}
+COUNTS = "SELECT status, count(*) FROM task_runs GROUP BY status"
+COUNTS_OF_RUN = "SELECT status, count(*) FROM task_runs WHERE run_id = ? GROUP BY status"
+HAS_RUNS = "SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'"
+ROWS = (  # with their times in seconds since 1970; NULL for text of a worker's that is no time
+    "SELECT *, round((julianday(started_at) - 2440587.5) * 86400, 3) AS began,"
+    " round((julianday(finished_at) - 2440587.5) * 86400, 3) AS ended FROM "
+)
+LAST_RUN = ROWS + "pipeline_runs ORDER BY id DESC LIMIT 1"
+CHOSEN = (  # two steps, as to compute the times of all rows before most are dropped would take long
+    ROWS + "task_runs WHERE id IN (SELECT id FROM task_runs WHERE {0} ORDER BY {1} LIMIT ?) ORDER BY {1}"
+)
+NEWEST = CHOSEN.format("status = ?", "coalesce(finished_at, started_at, '') DESC, id DESC")
+LONGEST = CHOSEN.format("status = ?", "coalesce(started_at, ''), id")
+REASONS = (
+    "SELECT message, count(*) AS number, min(name) AS name FROM task_runs WHERE status = ?"
+    " GROUP BY message ORDER BY number DESC, message LIMIT ?"
+)
+SELECTIONS = {RUNNING: LONGEST, ERROR: NEWEST, CANCELLED: REASONS, QUEUED: LONGEST, DONE: NEWEST}
+LATEST = NEWEST.replace("status = ?", "NOT ? OR status IN ('error', 'cancelled')")
+TASKS_NAMED = ROWS + (
+    "task_runs WHERE name = ? OR id = ? AND NOT EXISTS (SELECT 1 FROM task_runs WHERE name = ?)"
+    " ORDER BY id"
+)
+SIMILAR_NAMES = (  # those that contain it first; to compare a million names would take minutes
+    "SELECT name FROM task_runs GROUP BY name ORDER BY instr(name, ?) = 0, max(id) DESC LIMIT 10000"
+)
 
-def read_status(db_path: str, limit: int = 20, failed: bool = False) -> dict[str, Any]:
-    """The counts, the last run and the latest tasks of a database, as plain values. Any thread may call it.
+
+def read_status(
+    db_path: Any, limit: int = 20, failed: bool = False, *, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What `status --json` prints: dicts, lists, text and numbers. Any thread may call it.
+
+    database, counts          the path; how many tasks have each status
+    run, run_counts           the last run, or None, with `alive` (None: unknown); the counts of its tasks
+    tasks                     the latest `limit` ones; with `failed` those that failed or were cancelled;
+                              with `names` all that have one of these
+    running, queued           those that began first; queued ones wait for a retry
+    failed, done, cancelled   the newest ones; the cancelled by reason, {message, number, name of one}
 
     Raises DatabaseError if there is no such database, and does not create it.
     """
-    if not os.path.isfile(db_path):
-        raise DatabaseError(db_path, "does not exist", "pass the database of a run with --db")
-    side_files = [os.path.realpath(db_path) + end for end in ("-wal", "-journal")]
-    idle = not any(map(os.path.exists, side_files))
+    path = os.fsdecode(db_path)
+    if not os.path.isfile(path):
+        raise DatabaseError(path, "does not exist", "pass the database of a run with --db")
+    side_files = [os.path.realpath(path) + end for end in ("-wal", "-journal")]
+    idle, held = not any(map(os.path.exists, side_files)), _RunLock.is_held(path)
     try:
-        with _connect_readonly(db_path, idle=idle) as conn:
-            conn.row_factory = sqlite3.Row
-            counts = dict(conn.execute("SELECT status, count(*) FROM task_runs GROUP BY status").fetchall())
-            where = "WHERE status IN ('error', 'cancelled')" if failed else ""
-            latest = "ORDER BY coalesce(finished_at, started_at, '') DESC, id DESC LIMIT ?"
-            tasks = [dict(row) for row in conn.execute(f"SELECT * FROM task_runs {where} {latest}", (limit,))]
-            run = None
-            if conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'pipeline_runs'").fetchone():
-                run = next(
-                    map(dict, conn.execute("SELECT * FROM pipeline_runs ORDER BY id DESC LIMIT 1")), None
-                )
+        with _connect_readonly(path, idle=idle) as conn:
+            status = {"database": path, **_query_status(conn, limit, failed, names)}
     except sqlite3.Error as error:
         if _trouble(error) == "lock":
-            raise DatabaseError(db_path, f"cannot be read now: {error}", "try again later") from error
+            raise DatabaseError(path, f"cannot be read now: {error}", "try again later") from error
         if "readonly" in str(error):
             what = "was left half-written by a killed run"
-            raise DatabaseError(db_path, what, "start the next run, which rolls that back") from error
-        if "no such table" in str(error) and _RunLock.is_held(db_path):  # a run is about to make it
-            return {"database": db_path, "counts": {}, "run": None, "tasks": []}
+            raise DatabaseError(path, what, "start the next run, which rolls that back") from error
+        if "no such table" in str(error) and _RunLock.is_held(path):  # a run is about to make it
+            empty: dict[str, Any] = {key: [] for key in ("tasks", *KINDS.values())}
+            return {"database": path, "counts": {}, "run": None, "run_counts": {}, **empty}
         what = f"has no task status: {error}"
-        raise DatabaseError(db_path, what, "pass a database that pipeloom has written") from error
-    if idle and any(map(os.path.exists, side_files)):  # a run has begun meanwhile: read what it commits
-        return read_status(db_path, limit, failed)
-    if run and run["status"] == RUNNING and _RunLock.is_held(db_path) is False:
-        run["status"] = "interrupted"  # its process is gone; the next run will say so in the database
-    return {"database": db_path, "counts": counts, "run": run, "tasks": tasks}
-
-
-def _status_text(status: dict[str, Any]) -> str:
-    lines = []
-    if status["tasks"]:
-        lines.append(f"{'id':>6} {'status':<10} {'progress':>8}  {'name':<28} message")
-    for task in status["tasks"]:
-        start = f"{task['id']:>6} {task['status']:<10} {task['progress'] or 0:>8.0%}"
-        message = (task["message"] or "").split("\n")[0]
-        lines.append(f"{start}  {_fit(task['name'], 28)} {_fit(message, 100)}".rstrip())
-    counts = status["counts"]
-    known = [f"{counts[s]:,} {s}" for s in (QUEUED, RUNNING, *FINAL) if counts.get(s)]
-    lines.append(", ".join(known) or "no tasks")
+        raise DatabaseError(path, what, "pass a database that pipeloom has written") from error
     run = status["run"]
+    alive = _RunLock.is_held(path) if run and run["status"] == RUNNING else False
+    begun = idle and any(map(os.path.exists, side_files))
+    if begun or (run and run["status"] == RUNNING and held is not alive):  # it has begun or ended meanwhile
+        return read_status(path, limit, failed, names=names)
     if run:
-        end = ", ended {finished_at}" if run["finished_at"] else " as process {pid} on {host}"
-        lines.append(("last run: {status}, started {started_at}" + end).format(**run))
-    return "\n".join(lines)
+        gone = run["status"] == RUNNING and alive is False  # the next run will say so in the database
+        run.update(alive=alive, status="interrupted" if gone else run["status"])
+    return status
+
+
+def _query_status(
+    conn: sqlite3.Connection, limit: int, failed: bool, names: Sequence[str]
+) -> dict[str, Any]:
+    def ask(sql: str, *parameters: Any) -> list[dict[str, Any]]:
+        return [dict(row) for row in conn.execute(sql, parameters)]
+
+    conn.row_factory = sqlite3.Row
+    conn.execute("BEGIN")  # all of it as of one commit
+    run = next(iter(ask(LAST_RUN) if ask(HAS_RUNS) else []), None)
+    named = [ask(TASKS_NAMED, name, name, name) or _unknown_task(ask, name) for name in names]
+    return {
+        "counts": dict(conn.execute(COUNTS).fetchall()), "run": run,
+        "run_counts": dict(conn.execute(COUNTS_OF_RUN, (run["id"],)).fetchall()) if run else {},
+        "tasks": list(chain(*named)) if names else ask(LATEST, failed, limit),
+        **{KINDS[kind]: ask(sql, kind, limit) for kind, sql in SELECTIONS.items()},
+    }  # fmt: skip
+
+
+def _unknown_task(ask: Callable[..., list[dict[str, Any]]], name: str) -> NoReturn:
+    from difflib import get_close_matches
+
+    names = [row["name"] for row in ask(SIMILAR_NAMES, name)]
+    near = [other for other in names if name in other][:3] or get_close_matches(name, names)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`status` without a name lists them"
+    raise UsageError(f"the database has no task {name!r}; {hint}")
+
+
+def _elapsed(row: dict[str, Any], runs: bool) -> float | None:
+    """Seconds that a task or run took, or has taken so far if it `runs`; None where nobody knows."""
+    begin, end = row["began"], time.time() if runs else row["ended"]
+    return None if begin is None or end is None else max(end - begin, 0.0)
+
+
+def _local(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "an unknown time"
+
+
+def _word(status: dict[str, Any], kind: str) -> str:
+    """What people call it; nothing runs where the run's process is gone."""
+    gone = kind == RUNNING and status["run"] and status["run"]["status"] == "interrupted"
+    return "interrupted" if gone else KINDS.get(kind, kind)
+
+
+def _run_lines(status: dict[str, Any]) -> list[str]:
+    """The run: alive or not, since when; how many of how many, the rate, the time left."""
+    run = status["run"] or {"status": "", "alive": False, "ended": None, "began": None}
+    counts = run if run["ended"] else status["run_counts"] if status["run"] else status["counts"]
+    done, failed, cancelled = (counts.get(kind) or 0 for kind in (DONE, ERROR, CANCELLED))
+    earlier = status["counts"].get(DONE, 0) - done if run["alive"] is not False else 0  # perhaps skipped now
+    elapsed, total, ended = _elapsed(run, run["alive"] is not False), run.get("total"), done + failed
+    rest, begun = (total or 0) - ended - cancelled, counts.get(RUNNING, 0) + counts.get(QUEUED, 0)
+    is_known = run["alive"] and ended and (elapsed or 0) >= 1 and rest > begun and not earlier  # else a guess
+    facts = [
+        f"{done:,} of {total:,} done" if total is not None else f"{done:,} done",
+        *(f"{counts[k]:,} {_word(status, k)}" for k in (*KINDS, "skipped") if k != DONE and counts.get(k)),
+        f"{earlier:,} done in earlier runs" if earlier else "",
+        _rate(ended / elapsed) if ended and elapsed and elapsed >= 1 else "",
+        f"about {_clock((elapsed or 0) / ended * rest)} left" if is_known else "",
+    ]
+    return [f"{status['database']}: {_state(run, _clock(elapsed or 0))}", ", ".join(filter(None, facts))]
+
+
+def _state(run: dict[str, Any], took: str) -> str:
+    if not run["status"]:
+        return "no run is recorded"
+    process, began = f"process {run['pid']} on {run['host']}", _local(run["began"])
+    if run["alive"] is not False:
+        return f"{'' if run['alive'] else 'probably '}running for {took}, since {began} ({process})"
+    if run["status"] == "interrupted":
+        return f"interrupted: {process} is gone; it started {began}"
+    how = "finished" if run["status"] == DONE else KINDS.get(run["status"])
+    return f"{how} after {took}, at {_local(run['ended'])}"
+
+
+def _report(status: dict[str, Any], failed: bool, width: int, height: int) -> list[str]:
+    """The run, then its tasks by kind. It fits a window of that size; 0 is one without a limit."""
+    style, lines = _Style(sys.stdout), [_line(text, width) for text in _run_lines(status)]
+    kinds = [kind for kind in KINDS if status[KINDS[kind]] and (not failed or kind in (ERROR, CANCELLED))]
+    for at, kind in enumerate(kinds, 1):
+        later = sum(min(len(status[KINDS[other]]) + 1, 4) for other in kinds[at:])
+        room = max(height - 1 - len(lines) - later, 3) if height else sys.maxsize
+        section = [_line(text, width) for text in _section(status, kind, room, width)]
+        lines += [style.paint("31", line) for line in section] if width and kind == ERROR else section
+    return lines[: height - 1] if height else lines
+
+
+def _line(text: str, width: int) -> str:
+    """One line for a window of that width, 0 for the whole; dots stand for the end that does not fit."""
+    text = _clean(text).rstrip()
+    return _fit(text, width - 1, _Style(sys.stdout).dots, part=0.0) if 0 < width <= _width(text) else text
+
+
+def _section(status: dict[str, Any], kind: str, room: int, width: int) -> Iterator[str]:
+    """A title, as many tasks of this kind as there is room for, and how many more there are."""
+    rows, number, run = status[KINDS[kind]], status["counts"][kind], status["run"]
+    earlier = number - status["run_counts"].get(kind, 0) if run else 0
+    yield f"{number:,} {_word(status, kind)}{f', {earlier:,} of them in earlier runs' * bool(earlier)}:"
+    is_whole = len(rows) < room and number == sum(row.get("number", 1) for row in rows)
+    rows = rows[: room - 1 - (not is_whole)]
+    others = [row.get("number", 1) - 1 for row in rows]
+    names = [_clean(row["name"]) + f" +{n:,} more" * bool(n) for row, n in zip(rows, others)]
+    column = min(max(map(_width, names)), width * 2 // 5 or NAME_WIDTH)
+    for row, name in zip(rows, names):
+        elapsed = None if kind in (CANCELLED, QUEUED) else _elapsed(row, _word(status, kind) == RUNNING)
+        took = f"  {_clock(elapsed):>7}" if elapsed is not None else ""
+        part = f"{int(100 * (row['progress'] or 0)):4}%" if kind == RUNNING else ""
+        name = _fit(name, column, _Style(sys.stdout).dots) if width or _width(name) < column else name
+        text = (row["message"] or row.get("result") or "").strip().partition("\n")[0]
+        yield f"  {name}{took}{part}  {text}"
+    if number > len(rows) + sum(others):
+        yield f"  +{number - len(rows) - sum(others):,} more"
+
+
+def _details(status: dict[str, Any]) -> Iterator[str]:
+    """All about the tasks that were asked for."""
+    for task in status["tasks"]:
+        word = _word(status, task["status"])
+        elapsed = _elapsed(task, word == RUNNING)
+        facts = {
+            "attempts": task.get("attempts"),
+            "started": task["started_at"] and _local(task["began"]),
+            "ended": task["finished_at"] and _local(task["ended"]),
+            "time": None if elapsed is None else _clock(elapsed),
+            "progress": f"{int(100 * (task['progress'] or 0))}%",
+            "run": task.get("run_id"),
+            **{name: task.get(name) for name in ("message", "result", "traceback")},
+        }
+        yield _clean(f"{task['name']} (task {task['id']}): {word}")
+        for fact, value in facts.items():
+            text = str(value or "").strip().replace("\n", f"\n{'':12}")
+            yield from map(_clean, f"  {fact:<10}{text}".split("\n") if text else [])
 
 
 # ---- Demo: tasks that only sleep, to see the bars and the database -------------------------------------
@@ -4445,10 +4594,12 @@ def _parser() -> Any:
     add("target", metavar="TARGET", help=target)
     add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function (repeatable)")
     _add_run_options(add)
-    add = command("status", _cmd_status, "Show the tasks of a database, even during a run.")
-    add("-n", "--limit", type=_number_from(1), default=20, metavar="N", help="how many tasks (default: 20)")
+    add = command("status", _cmd_status, "Show what runs, what failed and what is done, also during a run.")
+    add("names", nargs="*", metavar="NAME", help="all about a task; first perhaps the database FILE")
+    text = "how many tasks of each kind (default: what fits the terminal, or 20)"
+    add("-n", "--limit", type=_number_from(1), metavar="N", help=text)
     add("--failed", action="store_true", help="only tasks that failed or were cancelled")
-    add("--watch", action="store_true", help="again every second, until the run has ended")
+    add("--watch", action="store_true", help="keep it up to date until the run ends")
     add("--json", action="store_true", help="as JSON")
     command("init-db", _cmd_init_db, "Create the tables, or complete those of an older pipeloom.")
     return parser
@@ -4724,13 +4875,23 @@ def _summary(path: str, result: RunResult) -> str:
 def _cmd_status(args: Any) -> int:
     import json
 
+    names, shown = [_text(name) for name in args.names], None
+    window = not args.json and _is_terminal(sys.stdout)
+    if args.db == "./pipeloom.db" and names and (os.path.isfile(names[0]) or not os.path.isfile(args.db)):
+        args.db = names.pop(0)
     while True:
         live = _RunLock.is_held(args.db)
-        status = read_status(args.db, args.limit, args.failed)
-        if args.watch and not args.json and _is_terminal(sys.stdout):
-            _print("\x1b[H\x1b[2J")
-        _print(json.dumps(status) if args.json else _status_text(status))
-        if not args.watch or not live:
+        width, height = _terminal_size(sys.stdout) if window else (0, 0)
+        status = read_status(args.db, args.limit or height or 20, args.failed, names=names)
+        if window or status != shown:  # but for the times, which change all the time
+            fits = height if args.watch or not args.limit else 0
+            lines = list(_details(status)) if names else _report(status, args.failed, width, fits)
+            if window and args.watch:  # this changes no mode of the terminal, so that Ctrl-C leaves it whole
+                lines = [_line(line, width) for line in lines[: height - 1]] if names else lines
+                lines = ["\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[J"]
+            _print(json.dumps(status) if args.json else "\n".join(lines))
+        shown, unsure = status, live is None and status["run"] and status["run"]["status"] == RUNNING
+        if not (args.watch and (live or unsure)):
             return 0
         time.sleep(1)
 

@@ -5163,14 +5163,28 @@ def test_sigusr1_prints_the_stack_of_every_thread_above_the_bars_and_the_run_goe
 
 
 def test_status_shows_counts_the_last_run_and_the_latest_tasks(db, capsys, same_logging):
-    run(["a", "bad", "c"], db, lambda t, q: 1 / (t != "bad"), check=False)
+    def work(task, ctx):
+        if task == "bad":
+            raise ValueError("no good\nat all")
+        return 1
+
+    run(["a", "bad", "c"], db, work, check=False, workers=1)
     assert cli("status", "--db", db) == 0
     out = capsys.readouterr().out
-    assert "2 done, 1 error" in out and "last run: error" in out and "ZeroDivisionError" in out
+    state, counts, *rest = out.splitlines()
+    when = r": failed after 0:00:0\d, at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(re.escape(str(db)) + when, state)
+    assert counts == "2 of 3 done, 1 failed"
+    assert [re.sub(r"\d:\d\d:\d\d", "TIME", line) for line in rest] == [
+        "1 failed:", "  bad  TIME  ValueError: no good", "2 done:", "  c  TIME  1", "  a  TIME  1",
+    ]  # fmt: skip
     assert cli("status", "--db", db, "--failed", "--json", "-n", 5) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["counts"] == {"done": 2, "error": 1} and status["run"]["done"] == 2
     assert [task["name"] for task in status["tasks"]] == ["bad"]
+    assert [task["name"] for task in status["failed"]] == ["bad"] and status["database"] == str(db)
+    assert cli("status", "--db", db, "--failed") == 0
+    assert "done:" not in capsys.readouterr().out
     assert cli("status", "--db", db, "--watch") == 0  # the run has ended, so this does too
 
 
@@ -5197,7 +5211,204 @@ def test_status_leaves_nothing_behind_and_knows_a_dead_run(home):
     assert [p for p in sorted(home.iterdir()) if p.name != "__pycache__"] == before
     python("-c", program, cwd=home)
     out = python("-m", "pipeloom", "status", "--db", "k.db", "--watch", cwd=home, code=0).stdout
-    assert "last run: interrupted" in out
+    assert "k.db: interrupted: process" in out and "is gone; it started 20" in out
+
+
+STATUS_DB = ORIGINAL + """
+INSERT INTO task_runs(id, name, status, progress, started_at, finished_at, message) VALUES
+    (1, 'old', 'done', 1, '2026-01-01T00:00:00Z', '2026-01-01T01:02:03+00:00', NULL),
+    (2, 'new', 'done', 1, '2026-01-02', '2026-01-02T00:00:01', 'two\nlines'),
+    (3, 'odd', 'error', 0.5, 'yesterday', NULL, 'no good\nat all'),
+    (4, 'off', 'cancelled', 0, NULL, NULL, 'interrupted'),
+    (5, 'of\tf', 'cancelled', 0, NULL, NULL, 'interrupted'),
+    (6, 'waits', 'queued', 0, '2026-01-01', NULL, 'attempt 1 failed: x'),
+    (7, '7', 'running', 0.25, '2026-01-01', NULL, NULL);
+"""
+
+
+def test_status_of_an_original_database_says_what_each_task_is(db, capsys, same_logging, monkeypatch):
+    monkeypatch.chdir(db.parent)
+    execute("pipeloom.db", ORIGINAL)  # the default
+    execute(db, STATUS_DB)
+    before = contents(db.parent)
+    assert cli("status", db) == 0  # a file is the database, also without --db
+    out = re.sub(r" \d{3,}:\d\d:\d\d  25%", " LONG 25%", capsys.readouterr().out)
+    assert out.splitlines() == [
+        f"{db}: no run is recorded", "2 done, 1 running, 1 failed, 2 cancelled, 1 queued",
+        "1 running:", "  7  LONG 25%", "1 failed:", "  odd  no good", "2 cancelled:",
+        "  of f +1 more  interrupted", "1 queued:", "  waits  attempt 1 failed: x",
+        "2 done:", "  new  0:00:01  two", "  old  1:02:03",
+    ]  # fmt: skip
+    assert cli("status", db, "-n", 1) == 0
+    assert "  new  0:00:01  two\n  +1 more\n" in capsys.readouterr().out
+    assert {task["id"] for task in pipeloom.read_status(db, failed=True)["tasks"]} == {3, 4, 5}
+    assert contents(db.parent) == before
+
+
+def test_status_of_a_database_of_version_1_0(db, capsys, same_logging):
+    run(["a"], db, nothing)
+    columns = "id, started_at, finished_at, status, host, pid, version, done, error, cancelled, skipped"
+    execute(db, f"CREATE TABLE o AS SELECT {columns} FROM pipeline_runs; DROP TABLE pipeline_runs;"
+            "ALTER TABLE o RENAME TO pipeline_runs")  # fmt: skip
+    assert cli("status", db) == 0
+    assert "finished after 0:00:0" in capsys.readouterr().out and pipeloom.read_status(db)["run"]["done"] == 1
+
+
+def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsys, same_logging):
+    def work(task, ctx):
+        if task == "bad":
+            raise ValueError("two\nlines")
+        return {"rows": 3}
+
+    names = ["load[a.csv]", "load[b.csv]", "bad", "load[incoming/2026/c1.csv]"]
+    run(names, db, work, check=False, retries=1, retry_delay=0)
+    assert cli("status", db, "bad") == 0
+    out = capsys.readouterr().out
+    assert re.match(
+        r"bad \(task 3\): failed\n  attempts  2\n  started   20.*\n  ended     20.*\n  time      0:00:0\d\n"
+        r"  progress  0%\n  run       1\n  message   ValueError: two\n            lines\n  traceback Trace",
+        out,
+    )
+    assert "            ValueError: two\n" in out
+    assert cli("status", db, 2) == 0  # no name, so an id
+    assert '  result    {"rows": 3}\n' in capsys.readouterr().out
+    assert cli("status", "--db", db, "bad", "load[b.csv]", "--json") == 0
+    assert [task["id"] for task in json.loads(capsys.readouterr().out)["tasks"]] == [3, 2]
+    for name, hint in [
+        ("c1", "did you mean 'load[incoming/2026/c1.csv]'?"), ("bda", "did you mean 'bad'?"),
+        ("load[c.csv]", "did you mean 'load[b.csv]' or 'load[a.csv]'?"), ("zzz", "without a name lists them"),
+    ]:  # fmt: skip
+        assert cli("status", db, name) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and f"has no task {name!r}; " in said.err and hint in said.err
+    assert cli("status", db.parent / "missing.db") == 2
+    assert "missing.db' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_status_of_a_live_run_says_how_far_it_is(db, capsys, wal, same_logging):
+    run(["before", "old"], db, nothing)
+    out = []
+
+    def work(task, ctx):
+        if task == "c":
+            ctx.progress(1, 4, "first")
+            wait_until_stored(ctx, "message = 'first'")
+            assert cli("status", db) == 0
+            out.extend(capsys.readouterr().out.splitlines())
+        return 1 / (task != "a")
+
+    run(["a", "b", "c", "d"], db, work, workers=1, wal=wal, check=False)
+    assert re.search(rf": running for 0:00:0\d, since 20.* \(process {os.getpid()} on ", out[0])
+    assert out[1] == "1 of 4 done, 1 running, 1 failed, 2 done in earlier runs"
+    assert out[2] == "1 running:" and re.fullmatch(r"  c  0:00:0\d  25%  first", out[3])
+    assert out[6] == "3 done, 2 of them in earlier runs:"
+
+
+@pytest.mark.parametrize(("began", "change", "left"), [
+    (100, {}, "about 0:00:50 left"), (100, {"total": None}, ""), (0, {}, ""),
+    (100, {"total": 23}, ""), (100, {"earlier": 1}, ""), (100, {"alive": None}, ""),
+])  # fmt: skip
+def test_status_gives_no_time_left_rather_than_a_wrong_one(began, change, left):
+    counts = {"done": 19, "error": 1, "running": 2, "queued": 1}
+    run = {"status": "running", "alive": change.get("alive", True), "ended": None, "began": time.time() - began,
+           "pid": 1, "host": "h", "total": change.get("total", 30)}  # fmt: skip
+    status = {"database": "x.db", "run": run, "run_counts": counts,
+              "counts": {**counts, "done": 19 + change.get("earlier", 0)}}  # fmt: skip
+    line = pipeloom._run_lines(status)[1]
+    assert (left in line) if left else ("left" not in line)
+
+
+def status_of(**numbers):
+    """What read_status() gives for so many tasks of each kind."""
+    row = {"began": 1.0, "ended": 2.0, "progress": 0.5, "message": "m" * 300, "result": None}
+    kinds = {
+        word: [{**row, "name": f"{word}[{'x' * 90}{i}]"} for i in range(numbers.get(kind, 0))]
+        for kind, word in pipeloom.KINDS.items()
+    }
+    return {"database": "x.db", "run": None, "run_counts": {}, "counts": numbers, **kinds}
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 50), (40, 12), (20, 5)])
+def test_a_report_fits_the_window_and_says_how_many_more_there_are(size, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    width, height = size
+    status = status_of(running=30, error=30, cancelled=3, queued=30, done=30)
+    lines = pipeloom._report(status, False, width, height)
+    assert len(lines) == height - 1 and all(pipeloom._width(line) < width for line in lines)
+    if height >= 24:
+        titles = [line for line in lines if line.endswith(":")]
+        assert titles == ["30 running:", "30 failed:", "3 cancelled:", "30 queued:", "30 done:"]
+        shown = [sum(line.startswith(f"  {word[:4]}") for line in lines) for word in pipeloom.KINDS.values()]
+        more = [int(line[3:-5]) for line in lines if re.fullmatch(r"  \+\d+ more", line)]
+        assert sum(shown) + sum(more) == 123 and min(shown) >= 2
+    few = pipeloom._report(status_of(running=2, error=1), False, width, 24)
+    assert len(few) == 7 and not any("more" in line for line in few)
+
+
+def test_a_report_in_a_pipe_shows_whole_names_and_one_in_a_window_both_ends(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    whole = pipeloom._report(status_of(error=1), False, 0, 0)
+    assert f"  failed[{'x' * 90}0]  0:00:01  {'m' * 300}" in whole and "\x1b" not in "".join(whole)
+    cut = pipeloom._report(status_of(error=1), False, 80, 24)[-1]
+    assert re.fullmatch(r"\x1b\[31m  failed\[x+(…|\.\.)x+0\]  0:00:01  m+(…|\.\.)\x1b\[0m", cut), cut
+
+
+WATCHED = """
+import os, pipeloom
+def work(task, ctx):
+    while not os.path.exists("go"):
+        ctx.progress(1, 2)
+        print("ready", flush=True)
+        ctx.sleep(0.05)
+    raise ValueError("bad")
+try:
+    pipeloom.run_pipeline(["a"], "w.db", worker_fn=work, progress="none", check=False)
+except BaseException as error:
+    print(error)
+"""
+WATCH = """
+import os, sys, time, pipeloom
+sleep, seen = time.sleep, []
+def look(seconds):  # instead of the second between two reports
+    seen.append(seconds)
+    {look}
+    sleep(0.01)
+time.sleep = look
+pipeloom._end_program(lambda: pipeloom.main(["status", "w.db", "--watch"]))
+"""
+
+
+@needs_posix
+def test_watch_redraws_in_place_until_the_run_ends(home):
+    look = WATCH.format(look="if len(seen) == 3: open('go', 'w').close()")
+    with begun("-c", WATCHED, cwd=home):
+        code, written = on_terminal(["-c", look], [], home)
+    frames = written.split("\x1b[H")
+    assert code == 0 and frames[0] == "" and len(frames) >= 5
+    assert all(frame.endswith("\x1b[J\r\n") and frame.count("\x1b[J") == 1 for frame in frames[1:])
+    assert "running for" in frames[1] and "1 running" in frames[1]
+    assert "w.db: failed after" in frames[-1] and "0 of 1 done, 1 failed" in frames[-1]
+    assert "ValueError: bad" in frames[-1]
+    assert "\x1b[?" not in written and "\x1b[2J" not in written
+
+
+@needs_posix
+def test_watch_through_a_pipe_prints_only_what_is_new(home):
+    look = WATCH.format(look="if len(seen) == 30: open('go', 'w').close()")
+    stands = WATCHED.replace("ctx.progress(1, 2)", "pass")
+    with begun("-c", stands, cwd=home):
+        done = python("-c", look, cwd=home, code=0)
+    # The task's end is committed before the run's, so that there may be a report between the two.
+    assert done.stdout.count("1 running:") == 1 and done.stdout.count("w.db: failed after") == 1
+
+
+@needs_posix
+def test_ctrl_c_ends_watch_with_130(home):
+    look = WATCH.format(look="os.kill(os.getpid(), 2)")
+    with begun("-c", WATCHED, cwd=home):
+        code, written = on_terminal(["-c", look], [], home)  # which checks the terminal, too
+    assert code == 130 and "Traceback" not in written and written.endswith("\x1b[J\r\n")
 
 
 def test_init_db_makes_the_tables(db, same_logging):
@@ -5272,7 +5483,7 @@ def test_status_tells_whether_a_run_is_on_also_where_its_lock_cannot_be_written_
         said.append(done.stdout)
 
     run(["a"], path, work)
-    assert "last run: running" in said[0], said  # and not interrupted: somebody might start another
+    assert ": probably running for" in said[0] or (mode and ": running for" in said[0]), said  # and not interrupted: somebody might start another
 
 
 @needs_posix
@@ -5319,7 +5530,7 @@ def test_status_through_a_symbolic_link_after_a_kill_shows_what_was_done(home):
     python("-c", KILLED_BEHIND_A_LINK, cwd=home, code=-signal.SIGKILL, timeout=HANG)
     done = python("-m", "pipeloom", "status", "--db", "links/y.db", cwd=home, timeout=HANG)
     assert done.returncode == 0, done.stderr
-    assert "3 done" in done.stdout and "last run: interrupted" in done.stdout
+    assert "3 of 4 done, 1 interrupted\n1 interrupted:\n  3   0%\n3 done:\n" in done.stdout and ": interrupted: process" in done.stdout
     assert os.listdir(str(home / "links")) == ["y.db"]
 
 
