@@ -5,7 +5,8 @@ One file, standard library only, Python 3.8 or newer. A program:
     from pathlib import Path
     from pipeloom import Pipeline
 
-    pipe = Pipeline("lines.db", schema="CREATE TABLE IF NOT EXISTS line(path, n, text, PRIMARY KEY (path, n))")
+    LINE = "CREATE TABLE IF NOT EXISTS line(path, n, text, PRIMARY KEY (path, n))"
+    pipe = Pipeline("lines.db", schema=LINE)
 
     @pipe.task(each=lambda: Path(".").glob("*.py"), retries=2)
     def load(ctx, path):                                  # a task a file, each on a worker thread
@@ -381,7 +382,7 @@ def _check_sql(sql: object) -> None:
 
 def _row(params: Any) -> Any:
     """A copy of one row of parameters: the worker may use its list or dict again."""
-    if isinstance(params, (str, bytes)):
+    if isinstance(params, (str, bytes)) or not hasattr(params, "__iter__"):
         raise MessageRefused(f"params={params!r:.80}: expected a row of values; for a single one, (value,)")
     return dict(params) if isinstance(params, Mapping) else tuple(params)
 
@@ -668,7 +669,7 @@ def _holder(db_path: str) -> str:
             row = conn.execute(HOLDER).fetchone()
     except sqlite3.Error:  # it is about to be made, or keeps no status
         row = None
-    return "process {} on {}, since {}".format(*row) if row else "another run"
+    return f"process {row[0]} on {row[1]}, since {row[2][:19]}Z" if row else "another run"
 
 
 # ---- Channel: the bounded way from the workers to the writer -------------------------------------------
@@ -1386,7 +1387,7 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
 def _fails(conn: sqlite3.Connection, sql: str, row: Any) -> bool:
     try:
         conn.execute(sql, row)
-    except sqlite3.Error:
+    except Exception:
         return True
     return False
 
@@ -1397,7 +1398,8 @@ def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
 
     which = f"row {number:,} of {len(rows):,}" if len(rows) > 1 else "the row"
     row = rows[number - 1] if 0 < number <= len(rows) else rows[0] if len(rows) == 1 else ()
-    return f"; {f'{which} is {shortened(row)}, ' * bool(row)}in {' '.join(sql.split())[:80]!r}"
+    sql = " ".join(sql.split())
+    return f"; {f'{which} is {shortened(row)}, ' * bool(row)}in {sql if len(sql) <= 80 else f'{sql[:79]}…'!r}"
 
 
 @lru_cache(1_000)
@@ -1540,10 +1542,10 @@ class _Display:
     def failed(self, name: str, message: str, place: str, number: int) -> None:
         """Say that a task has failed, at that line of the user's; it is the `number`th of its cause."""
         more = " [more failures like this one will only be counted]" * (number == FAILURES_TOLD)
-        where = f" ({place})" if place else ""
+        where = f" ({place}){more}" if place else more
         if number <= FAILURES_TOLD:
-            text = f"{_clean(name)} failed: {_cut(message, 300)}{where}{more}"
-            self.tell(logging.ERROR, "%s", text, event="failed")
+            parts = _clean(name), _cut(message, 300), where
+            self.tell(logging.ERROR, "%s failed: %s%s", *parts, event="failed")
 
     def stop(self, result: Any) -> None:
         """Show the end, and emit what is left; after PATIENCE the rest is left behind."""
@@ -1679,7 +1681,8 @@ class _Board(Progress):
 
     def work(self) -> float:
         """How many tasks' work is behind us, parts of running ones included."""
-        return self.ended() + sum(bar.fraction() or 0.0 for bar in self.running.copy().values())
+        ran = self.counts[DONE] + self.counts[ERROR]
+        return ran + sum(bar.fraction() or 0.0 for bar in self.running.copy().values())
 
     def eta(self, elapsed: float) -> float | None:
         """Seconds to the end, or None where that would be a guess."""
@@ -2290,10 +2293,17 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if getattr(record, "event", "") == "failed" and _is_terminal(self.stream):
-            style, room = _Style(self.stream), _terminal_size(self.stream)[0] - 1
-            text = style.paint("31", _fit(text, min(_width(text), room), style.dots, part=0.3))
-        return text
+        if getattr(record, "event", "") != "failed" or not _is_terminal(self.stream):
+            return text
+        style, (name, message, where) = _Style(self.stream), map(str, record.args or ())
+        head = text[: text.rindex(f"{name} failed: ")]
+        over = _width(text) - _terminal_size(self.stream)[0] + 1
+        if over > 0:  # the name gives way first, then the message
+            shorter = _fit(name, max(_width(name) - over, min(_width(name), 24)), style.dots)
+            over -= _width(name) - _width(shorter)
+            name, left = shorter, max(_width(message) - over, 24)
+            message = message if left >= _width(message) else _fit(message, left, style.dots, part=0.0)
+        return style.paint("31", f"{head}{name} failed: {message}{where}")
 
 
 @lru_cache(None)
@@ -2350,7 +2360,7 @@ _NO_GROUP: tuple[Any, list[Any], Any, int] = (object(), [], None, 0)
 
 
 class TaskContext:
-    """What a worker gets as its queue: what its task may do, in its thread and those it starts, until it ends.
+    """What a worker gets as its queue: what its task may do, in its thread and those that this starts.
 
     Rows and messages that it sends are kept here and stored together with the finish, if and only if the
     task is done; with atomic=False they are sent on as they come. Everything that sends raises TaskCancelled
@@ -2374,7 +2384,7 @@ class TaskContext:
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
         self._held_rows = self._thread = 0  # how many rows; which thread runs the function
-        self._group = _NO_GROUP  # consecutive statements with the same SQL; rows, sender's line, room for rows
+        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, rows, sender's line, limit
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
@@ -3475,7 +3485,8 @@ def _stack_of(thread: threading.Thread) -> tuple[str, str]:
     try:
         stack = extract_stack(sys._current_frames()[thread.ident])  # type: ignore[index]
         lines = format_list([frame for frame in stack if not frame.filename.startswith(ENGINE)])
-        return _text("its thread was here:\n" + "".join(lines)), _place_in(stack)
+        told = "its thread was here:\n" if lines else "it waited for a coroutine, or for an executor\n"
+        return _text(told + "".join(lines)), _place_in(stack)
     except Exception as error:  # its source cannot be read, or the thread has just ended
         return f"its thread cannot be shown: {_describe(error)}", ""
 
@@ -3568,12 +3579,22 @@ class _Tally:
         self.counts = dict.fromkeys((*FINAL, "skipped"), 0)
         self.failures: list[Failure] = []
         self.causes: dict[str, int] = {}
+        self._kinds: dict[str, list[Any]] = {}  # of messages, by their cause
         self.first_error: BaseException | None = None  # that a worker let escape
         self.failure: BaseException | None = None  # that ended the run
 
     def failed(self, ctx: _Attempt, message: str) -> int:
-        """Count a failure; returns how many of its cause there are."""
+        """Count a failure; returns how many of its cause there are.
+
+        What a line raises may have several causes: their messages differ in more than names and numbers.
+        """
         cause = ctx.trouble.cause or message
+        kind = re.findall(r"(?<!\S)[A-Za-z]+(?=[,;:.]?(?!\S))", message)
+        kinds = self._kinds.setdefault(cause, [])
+        if kind not in kinds and len(kinds) < 3:  # more are rather one message with odd names
+            kinds.append(kind)
+        if kind in kinds[1:]:
+            cause = f"{cause}: {_cut(message, 100)}"
         if cause not in self.causes and len(self.causes) >= FAILURES_KEPT:
             cause = "other causes"
         if len(self.failures) < FAILURES_KEPT or cause not in self.causes:
@@ -3617,7 +3638,9 @@ class _Intake:
         except _Interrupted:
             return
         except BaseException as error:
-            self._run.fail(error, f"each= of {stage.name!r} gave " if stage.name else "")
+            what = f"each= of {stage.name!r} raised " if stage.name else "the iterable of tasks raised "
+            self._run.display.tell(logging.ERROR, "%s%s; no new tasks will start", what, _describe(error))
+            self._run.fail(error, what)
         self._filled = not self._crew.has_room()
 
     def _pull_from(self, stage: _Stage) -> None:
@@ -3870,8 +3893,8 @@ class _Run:
         place.spoiled = place.spoiled or f"{ctx.name!r} {how}"
         if status == ERROR:
             number = self.tally.failed(ctx, message)
-            line = ctx.trouble.cause.partition(" at ")[2].partition(",")[0]
-            self.display.failed(ctx.name, message, line, number)
+            line = re.search(r" at (\S+:\d+), in \S+$", ctx.trouble.cause)
+            self.display.failed(ctx.name, message, line[1] if line else "", number)
             if self.options["fail_fast"]:
                 self.stop(f"not started: fail_fast, and {ctx.name!r} failed")
 
@@ -4777,13 +4800,15 @@ class _Session:
         path = path if self.args.db is None else self.args.db
         run = _Run(after, path, {**options, **self.options})
         if getattr(self.args, "dry_run", False):
+            if run.options["redo"]:
+                _check_redo(path, run.options["redo"], [declared.name for declared in after])
             for name in _planned(after, path, run.options):
                 _print(_cut(name, _width(name)))
             return RunResult(None, 0, 0, 0, 0, 0.0)
         try:
             return run.execute()
         finally:
-            if run.result().total or run.result().run_id is not None:  # else it never began
+            if run.intake is not None:  # else it never began
                 self.runs.append((path, run.result()))
 
     def report(self, ended: bool = True) -> int:
@@ -4810,6 +4835,8 @@ def _command_to_resume(argv: list[str]) -> str:
     elif os.access(program, os.X_OK) and not program.endswith(".py") and not os.path.isdir(program):
         del command[0]  # a script that finds its Python by itself
     at = 1 if argv[:1] in (["run"], ["demo"]) else 0
+    again = [n for n, word in enumerate(argv) if word == "--redo"]  # what was done by that is done
+    argv = [w for n, w in enumerate(argv) if not {n, n - 1} & {*again} and not w.startswith("--redo=")]
     folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
     return folder + join([*command, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]])
 
@@ -4825,7 +4852,10 @@ def _planned(after: dict[_Declared, list[_Declared]], path: str, options: Any) -
         for declared in _check_cycles(after):
             older = max((newest[before] for before in after[declared]), default=NEVER)
             newest[declared] = NEVER
-            for id, name in _names_of(declared):
+            named = list(_names_of(declared))
+            if not named:
+                _say(f"pipeloom: each= of task {declared.name!r} gives no item")
+            for id, name in named:
                 status, run_id = _last_of(conn, id, name, seen.get(name, 0))
                 seen[name] = seen.get(name, 0) + 1
                 again = name in options["redo"] or declared.name in options["redo"]
@@ -4863,10 +4893,10 @@ def _summary(path: str, result: RunResult) -> str:
     causes = sorted(result.causes.items(), key=lambda item: -item[1])
     for cause, number in causes[:10]:
         failure = next(failure for failure in result.failures if failure.cause == cause)
-        name, message = _cut(failure.task, NAME_WIDTH), _cut(failure.message, 200)
+        name, message = _clean(failure.task), _cut(failure.message, 300)
         more = f" and {number - 1:,} more" if number > 1 else ""
-        where = f" ({cause.partition(' at ')[2]})" if cause != failure.message else ""
-        lines.append(f"  {name}{more}: {message}{where}")
+        place = re.search(r" at (\S+:\d+, in \S+?)(?:: .*)?$", cause, re.DOTALL)
+        lines.append(f"  {name}{more}: {message}{f' ({place[1]})' if place else ''}")
     if causes[10:]:
         lines.append(f"  and {len(causes) - 10:,} more causes")
     return "\n".join(lines)

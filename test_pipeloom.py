@@ -4730,7 +4730,7 @@ def test_on_a_terminal_a_failure_is_a_red_line_above_the_bars_and_the_summary_th
     assert code == 1
     (line,) = [line for line in shown if "work[1] failed: ZeroDivisionError" in line]
     assert re.match(r"\d\d:\d\d:\d\d ERROR    work\[1\] failed", line), line
-    assert line.endswith("zero (t.py:5)") and "…" in line and len(line) == 79
+    assert line.endswith("… (t.py:5)") and len(line) == 79
     assert re.search(r"\x1b\[31m\d\d:\d\d:\d\d ERROR    work\[1\] failed.*t.py:5\)\x1b\[0m\r", written)
     assert not any("All tasks" in line for line in shown), shown  # the summary says it
     assert sum("2 done, 1 failed" in line for line in shown) == 1
@@ -4870,6 +4870,29 @@ def test_what_a_run_has_to_say_is_logged_by_the_display_thread(db, progress, mon
     result = run(range(3), db, failing, check=False, retries=1, retry_delay=0, progress=progress)
     pipeloom.logger.manager._clear_cache()
     assert result.error == 3 and handler.threads == {"pipeloom-display"}
+
+
+LONG_NAMES = """
+import pipeloom
+pipe = pipeloom.Pipeline("t.db", check=False, workers=1)
+@pipe.task(each=[f"/srv/data/incoming/2026/11/21/store_{n:03}.csv" for n in range(30)])
+def load(ctx, path):
+    raise RuntimeError("HTTP 404 for " + path if "_029" not in path else "the disk is full")
+pipe.main()
+"""
+
+
+@needs_posix
+def test_whatever_the_window_a_failure_line_keeps_error_and_place_and_no_new_error_is_hidden(home):
+    (home / "t.py").write_text(LONG_NAMES)
+    code, written = on_terminal(["t.py"], [], home)
+    shown = [line for line in screen(written) if " failed: " in line]
+    assert code == 1 and len(shown) == 11, shown  # ten of one kind, and the other
+    assert all("failed: RuntimeError: " in line and "(t.py:6)" in line for line in shown), shown
+    assert "RuntimeError: the disk" in shown[-1] and len(shown[0]) == 79
+    whole = written.replace("\r", "")
+    assert "load[/srv/data/incoming/2026/11/21/store_000.csv] and 28 more: RuntimeError: HTTP 404" in whole
+    assert "load[/srv/data/incoming/2026/11/21/store_029.csv]: RuntimeError: the disk is full (t.py:6, in load)" in whole
 
 
 # ---- 4.8 What is stored --------------------------------------------------------------------------------
@@ -5565,6 +5588,10 @@ def test_a_dry_run_with_resume_names_what_would_run(home):
     assert python(*dry, cwd=home, code=0).stdout == "load[a]\nload[b]\nreport\n"
     done = python("job.py", "--redo", "load[a]", cwd=home, code=0)
     assert "2 done, 1 skipped" in done.stderr
+    (home / "repaired").unlink()
+    done = python("job.py", "--redo", "load", cwd=home, code=1)
+    assert done.stderr.endswith("job.py --resume\n")  # to redo it all again would be too much
+    (home / "repaired").touch()
     done = python("job.py", "--redo", "no", cwd=home, code=2)
     assert done.stderr.startswith("pipeloom: redo='no': no task has this name; there are load, report, load[")
 
