@@ -429,6 +429,10 @@ LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
 FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
 FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
+NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile included
+    "SELECT coalesce(max(run_id), ?) FROM task_runs"
+    " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
+)
 FIND_NTH = FIND_ID[:-6] + "name = ? ORDER BY id LIMIT 1 OFFSET ?"
 FIND_RESULT = "SELECT result FROM task_runs WHERE name = ? ORDER BY id LIMIT 1"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
@@ -1227,6 +1231,8 @@ class SQLiteWriter(threading.Thread):
             if self._engine is None:
                 self._display.tell(logging.ERROR, "%s", told)
         self.error = told
+        if self._engine is not None:
+            self._engine.stop("the writer failed")
 
     def _leave(self) -> None:
         try:
@@ -2299,7 +2305,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         head = text[: text.rindex(f"{name} failed: ")]
         over = _width(text) - _terminal_size(self.stream)[0] + 1
         if over > 0:  # the name gives way first, then the message
-            shorter = _fit(name, max(_width(name) - over, min(_width(name), 24)), style.dots)
+            shorter = _fit(name, max(_width(name) - over, min(_width(name), 18)), style.dots)
             over -= _width(name) - _width(shorter)
             name, left = shorter, max(_width(message) - over, 24)
             message = message if left >= _width(message) else _fit(message, left, style.dots, part=0.0)
@@ -3052,6 +3058,11 @@ class _Roster:
         self._take(self._next_id - 1)
         return self._next_id - 1, None
 
+    def newest(self, name: str) -> int:
+        """The last run that has done a task of this name, or one of its items."""
+        asked = self._resume and self.old > NEVER
+        return self._ask(NEWEST_DONE, NEVER, name, name, name)[0][0] if asked else NEVER
+
     def _find_id(self, id: int, name: str) -> tuple[int, int | None]:
         if not self._take(id):
             raise UsageError(
@@ -3217,6 +3228,9 @@ def _call_there(call: Any, function: Any, ctx: TaskContext) -> tuple[list[Any], 
     Returns the messages that it sent, its result, and in words what it raised: not each exception travels.
     """
     try:
+        if threading.current_thread() is threading.main_thread():
+            with suppress(ValueError):  # Ctrl-C at the terminal is for the run, which lets this task finish
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctx.enter()
         value = call(function, ctx)
         if type(value) is CoroutineType:
@@ -3520,6 +3534,8 @@ class _Signals:
         self._came: list[tuple[int, float]] = []
         self._previous: dict[int, Any] = {}
         self.pulling = False  # the calling thread is inside the user's iterator, which a signal ends
+        self._nudged = False  # by another thread, and not by the user
+        self._pid = os.getpid()
 
     def install(self) -> None:
         """Take the signals, where this thread may: not what nohup, or C code, has set."""
@@ -3562,7 +3578,25 @@ class _Signals:
             interrupt.result = result  # type: ignore[attr-defined]
             raise
 
+    def nudge(self) -> None:
+        """End a pull that blocks: for other threads than the calling one, where the system has a way."""
+        main = threading.main_thread()
+        if self.pulling and signal.SIGINT in self._previous and threading.current_thread() is not main:
+            self._nudged = hasattr(signal, "pthread_kill")
+            if self._nudged:
+                signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
     def _on_signal(self, number: int, _: Any) -> None:
+        if os.getpid() != self._pid:  # a forked child, of a pool perhaps: Ctrl-C is its parent's business
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self._nudged:
+            self._nudged = False
+            if self.pulling:
+                raise _Interrupted
+            return
         self._came.append((number, time.monotonic()))
         self._stop("interrupted")
         if len(self._came) > 2:
@@ -3622,6 +3656,8 @@ class _Intake:
         for stage in self._graph.stages:
             if stage.lone:
                 stage.known = roster.find(None, stage.name)
+            if stage.place.followers:
+                stage.place.newest = roster.newest(stage.name)
         self._graph.begin = self._begin
 
     def has_work(self) -> bool:
@@ -3755,6 +3791,7 @@ class _Run:
     ) -> None:
         _check_options("a run", options)
         self.options = o = {**{name: option[0] for name, option in OPTIONS.items()}, **options}
+        o["redo"] = list(map(_text, o["redo"]))
         o["resume"] = o["resume"] or bool(o["redo"])
         self.stopping: str | None = None  # why nothing new starts
         self.wake = _Bell()
@@ -3772,6 +3809,7 @@ class _Run:
         """Have nothing new start."""
         self.stopping = self.stopping or reason
         self.wake.ring()
+        self.signals.nudge()
 
     def fail(self, error: BaseException, what: str = "") -> None:
         """This ends the run; the first counts."""

@@ -1539,6 +1539,23 @@ def test_resume_knows_each_of_the_tasks_with_one_name_whether_they_have_ids_or_n
     assert len(rows(db)) == len(tasks)
 
 
+def test_a_dependent_runs_again_even_if_the_new_item_that_was_done_has_gone(tmp_path):
+    """A file is loaded, the process dies before the report, and the file is moved away."""
+    def pipeline(items, report=lambda ctx: None):
+        pipe = Pipeline(tmp_path / "x.db", progress="none", check=False)
+        pipe.task(lambda ctx, item: None, name="load", each=items)
+        pipe.task(report, name="report", after="load")
+        return pipe.run(resume=True)
+
+    assert pipeline(["a"]).done == 2
+    assert pipeline(["a"]).skipped == 2
+    assert pipeline(["a", "c"], report=lambda ctx: 1 / 0).error == 1
+    execute(tmp_path / "x.db", "UPDATE task_runs SET status = 'done', run_id = 1 WHERE name = 'report'")
+    result = pipeline(["a"])  # as if the process had died before anything of that report was stored
+    assert (result.done, result.skipped) == (1, 1)
+    assert pipeline(["a"]).skipped == 2
+
+
 # ---- G3 No hang ----------------------------------------------------------------------------------------
 
 
@@ -2384,6 +2401,36 @@ def test_with_few_threads_it_runs_with_those_or_says_so_in_one_line(homes):
     assert not wrong
 
 
+BLOCKED = """
+import os, queue, signal, sys, pipeloom
+def items():
+    yield 1
+    queue.Queue().get()  # which only a signal can end
+def work(ctx, n):
+    if sys.argv[1] == "fails":
+        raise ValueError("bad")
+    os.rename("b.db", "moved.db")
+pipe = pipeloom.Pipeline("b.db", fail_fast=True, progress="none", workers=2)
+pipe.task(work, each=items)
+try:
+    pipe.run()
+except pipeloom.PipeloomError as error:
+    print(type(error).__name__)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+
+
+@needs_posix
+def test_an_each_that_blocks_keeps_neither_a_failure_nor_a_dead_writer_from_ending_the_run(homes):
+    def one(how, expected):
+        home = homes()
+        (home / "b.py").write_text(BLOCKED)
+        done = python("b.py", how, cwd=home, timeout=HANG)
+        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+    at_once(one, [("fails", "PipelineError\n"), ("moves", "WriterFailed\n")])
+
+
 # ---- G4 No "database is locked" ------------------------------------------------------------------------
 
 
@@ -2771,6 +2818,53 @@ def test_signals_end_a_run_that_waits_for_room_while_another_program_holds_the_d
     ended = []
     at_once(one, cases)
     assert all(code == -number for _, number, code in ended), ended  # None: it hangs
+
+
+POOL = """
+import os, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import pipeloom
+def work(ctx, n):
+    if sys.argv[2] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL) if n == 0 else time.sleep(30)
+    open(f"began{n}", "w").close()
+    time.sleep(1)
+    ctx.execute("INSERT INTO t VALUES (?)", (n,))
+pipe = pipeloom.Pipeline("p.db", progress="none", workers=2, schema="CREATE TABLE t(x)", check=False)
+pipe.task(work, each=range(2))
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, mp_context=get_context(sys.argv[1])) as pool:
+        result = pipe.run(executor=pool)
+    print(result.done, result.error)
+"""
+
+
+@needs_posix
+def test_ctrl_c_at_a_terminal_lets_the_tasks_in_a_process_pool_finish(homes):
+    def one(method):
+        home = homes()
+        (home / "p.py").write_text(POOL)
+        command = [sys.executable, "p.py", method, "finishes"]
+        process = subprocess.Popen(command, cwd=str(home), start_new_session=True, stderr=subprocess.PIPE)
+        try:
+            wait_for(lambda: (home / "began0").exists() and (home / "began1").exists())
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does, the children included
+            process.communicate(timeout=WAIT)
+            assert process.returncode == -signal.SIGINT
+        finally:
+            process.kill()
+            process.communicate()
+        assert rows(home / "p.db", "SELECT x FROM t ORDER BY x") == [(0,), (1,)]
+
+    at_once(one, [("fork",), ("spawn",)])
+
+
+@needs_posix
+def test_a_pool_of_forked_processes_that_breaks_can_end_its_children(home):
+    (home / "p.py").write_text(POOL)
+    done = python("p.py", "fork", "dies", cwd=home, timeout=HANG, code=0)
+    assert done.stdout == "0 2\n"
 
 
 # ---- G7 Flat memory ------------------------------------------------------------------------------------
@@ -4579,6 +4673,8 @@ def test_redo_runs_a_task_again_and_what_comes_after_it(db):
     with pytest.raises(pipeloom.UsageError, match="redo='lod': no task has this name; there are load, report, other"):
         pipeline([]).run(redo=["report", "lod"])
     assert rows(db, "SELECT count(*) FROM pipeline_runs") == [(4,)]
+    with pytest.raises(pipeloom.UsageError, match="no task has this name"):
+        pipeline([]).run(redo=["\udcff"])
     with pytest.raises(pipeloom.UsageTypeError, match="redo='load': expected a list of names of tasks"):
         pipeline([]).run(redo="load")
 
@@ -4889,7 +4985,7 @@ def test_whatever_the_window_a_failure_line_keeps_error_and_place_and_no_new_err
     shown = [line for line in screen(written) if " failed: " in line]
     assert code == 1 and len(shown) == 11, shown  # ten of one kind, and the other
     assert all("failed: RuntimeError: " in line and "(t.py:6)" in line for line in shown), shown
-    assert "RuntimeError: the disk" in shown[-1] and len(shown[0]) == 79
+    assert "RuntimeError: the" in shown[-1] and len(shown[0]) == 79
     whole = written.replace("\r", "")
     assert "load[/srv/data/incoming/2026/11/21/store_000.csv] and 28 more: RuntimeError: HTTP 404" in whole
     assert "load[/srv/data/incoming/2026/11/21/store_029.csv]: RuntimeError: the disk is full (t.py:6, in load)" in whole
