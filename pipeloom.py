@@ -1693,6 +1693,8 @@ class _Board(Progress):
     def eta(self, elapsed: float) -> float | None:
         """Seconds to the end, or None where that would be a guess."""
         bars, rest = list(self.running.copy().values()), (self.total or 0) - self.ended()
+        if self.waiting and not bars:
+            return None
         if rest > len(bars) + len(self.waiting) and elapsed >= 1:  # some have not begun: by the rate so far
             return elapsed / self.ended() * rest if self.ended() else None
         if rest <= 0 or elapsed < 1 or self.waiting or not all(bar.fraction() for bar in bars):

@@ -6097,6 +6097,9 @@ def test_there_is_no_eta_while_the_rest_waits_for_a_retry_and_none_that_is_a_gue
     for id in (3, 4):
         board.update(MsgTaskFinished(id, "queued", ""))
     assert board.eta(10) is None and "2 to retry" in shown_by(board)[0] and "2/4 done" in shown_by(board)[0]
+    board.total = 9  # others come after these
+    assert board.eta(10) is None
+    board.total = 4
     board.update(MsgTaskStarted(3, "t", "now"))
     board.update(MsgTaskProgress(3, 1, 2))
     assert board.eta(10) is None and "1 to retry" in shown_by(board)[0]
