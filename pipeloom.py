@@ -1199,7 +1199,6 @@ class SQLiteWriter(threading.Thread):
     # The thread. Whatever goes wrong in it ends in `error`, and the channel then refuses its producers.
 
     def run(self) -> None:
-        """The thread's life: open, commit batch after batch, close."""
         try:
             if self._engine is None:  # a run has done so
                 self._display.open()
@@ -1224,9 +1223,8 @@ class SQLiteWriter(threading.Thread):
             self._leave()
 
     def _explain(self, error: BaseException) -> None:
-        """Keep why it failed: in words, if there is memory for them."""
         told = error
-        with suppress(Exception):
+        with suppress(Exception):  # of no memory: then as it is
             told = self.store.failure(_reason(error), opening=not self.opened)
             if self._engine is None:
                 self._display.tell(logging.ERROR, "%s", told)
@@ -3537,6 +3535,7 @@ class _Signals:
         self._previous: dict[int, Any] = {}
         self.pulling = False  # the calling thread is inside the user's iterator, which a signal ends
         self._nudged = False  # by another thread, and not by the user
+        self._lock = threading.Lock()  # held while it is, so that no nudge comes once the handlers are back
         self._pid = os.getpid()
 
     def install(self) -> None:
@@ -3552,9 +3551,10 @@ class _Signals:
                     signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
-        for number, handler in self._previous.items():
-            with suppress(ValueError):
-                signal.signal(number, handler)
+        with self._lock:
+            for number, handler in self._previous.items():
+                with suppress(ValueError):
+                    signal.signal(number, handler)
 
     def urgency(self) -> int:
         """0 none; 1 nothing new starts; 2 leave what runs; 3 wait for no lock and no disk, either."""
@@ -3582,11 +3582,18 @@ class _Signals:
 
     def nudge(self) -> None:
         """End a pull that blocks: for other threads than the calling one, where the system has a way."""
-        main = threading.main_thread()
-        if self.pulling and signal.SIGINT in self._previous and threading.current_thread() is not main:
-            self._nudged = hasattr(signal, "pthread_kill")
-            if self._nudged:
-                signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        takes = signal.SIGINT in self._previous and hasattr(signal, "pthread_kill")
+        if self.pulling and takes and threading.current_thread() is not threading.main_thread():
+            with suppress(RuntimeError):  # there is no thread left
+                threading.Thread(target=self._nudge, name="pipeloom-nudge", daemon=True).start()
+
+    def _nudge(self) -> None:
+        while self.pulling:  # again and again: a signal just before a system call that blocks goes unnoticed
+            with self._lock:
+                self._nudged = self.pulling
+                if self._nudged:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(POLL)
 
     def _on_signal(self, number: int, _: Any) -> None:
         if os.getpid() != self._pid:  # a forked child, of a pool perhaps: Ctrl-C is its parent's business
@@ -3686,6 +3693,8 @@ class _Intake:
         while self._crew.has_room() and not self._run.stopping:
             signals.pulling = True  # what a signal then raises ends next() only
             try:
+                if self._run.stopping:  # again, as stop() looks at `pulling` after it has said so
+                    return None
                 item = next(items, _END)
             finally:
                 signals.pulling = False
@@ -3808,8 +3817,7 @@ class _Run:
         self.crew = _Crew(self, size if total is None else max(1, min(size, total)))  # no more than tasks
 
     def stop(self, reason: str) -> None:
-        """Have nothing new start."""
-        self.stopping = self.stopping or reason
+        self.stopping = self.stopping or reason  # why nothing new starts
         self.wake.ring()
         self.signals.nudge()
 
@@ -3849,8 +3857,7 @@ class _Run:
         writer, unpulled = self.writer, self.graph.unpulled() if self.intake else 0
         return self.tally.result(writer.status.run_id, unpulled, writer.store.path)
 
-    def _work(self) -> None:
-        """Each step says first how it will be ended."""
+    def _work(self) -> None:  # each step says first how it will be ended
         shown = self.writer.store.shown
         _check_database(shown, self.options["store_task_status"])
         if self.options["redo"]:
