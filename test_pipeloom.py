@@ -2213,7 +2213,7 @@ def test_a_logging_handler_that_raises_keeps_no_producer_of_a_lone_writer_waitin
 
 
 HOARDERS = """
-import json, resource, socket, sys, threading, traceback, pipeloom
+import ctypes, json, resource, socket, sys, traceback, pipeloom
 def work(task, ctx):
     ctx.execute("INSERT INTO made VALUES (?)", (task,))
     if task % 3 == 1:
@@ -2225,9 +2225,9 @@ def work(task, ctx):
             while sys.version_info > (3, 9):  # until there is no room even for the traceback; 3.8 itself aborts
                 small = (small,)
             raise
-thread = threading.Thread(target=print)  # the end of a thread needs a library, which is loaded now
-thread.start()
-thread.join()
+try:
+    ctypes.CDLL("libgcc_s.so.1")  # which the end of a thread needs, before Python 3.11 or so
+except OSError: pass
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)
@@ -2324,11 +2324,11 @@ def test_a_logging_handler_that_sends_to_the_context_meets_no_deadlock(home, wha
 
 
 NO_FILES = """
-import resource, sys, threading, pipeloom
+import ctypes, resource, sys, pipeloom
 import encodings.idna, inspect, json, socket, sqlite3, traceback, urllib.parse
-thread = threading.Thread(target=print)  # the end of a thread needs a library, which is loaded now
-thread.start()
-thread.join()
+try:
+    ctypes.CDLL("libgcc_s.so.1")  # which the end of a thread needs, before Python 3.11 or so
+except OSError: pass
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), 100))
 try:
     pipeloom.run_pipeline(range(3), "x.db", worker_fn=lambda task, ctx: None, progress="none",
@@ -2359,7 +2359,10 @@ def test_too_few_open_files_are_not_mistaken_for_a_full_disk(homes):
 
 
 NO_THREADS = """
-import asyncio, resource, sys, threading, pipeloom
+import asyncio, ctypes, resource, sys, threading, pipeloom
+try:
+    ctypes.CDLL("libgcc_s.so.1")
+except OSError: pass
 room, kind = int(sys.argv.pop(1)), sys.argv.pop(1)
 options = {"timeout": 60} if kind == "timeout" else {"retries": 2, "retry_delay": 0}
 pipe = pipeloom.Pipeline("x.db", schema="CREATE TABLE made(x)", workers=30, progress="none", **options)
