@@ -4851,6 +4851,7 @@ with pipeloom.make_overall_progress() as overall, pipeloom.make_task_progress() 
     overall.advance(bar, 3)
     pipeloom.run_pipeline(range(6), "m.db", workers=3, worker_fn=work, progress=sys.argv[1])
     overall.update(bar, advance=1)
+assert threading.active_count() == 1, threading.enumerate()
 """
 
 
@@ -5691,6 +5692,8 @@ def test_a_dry_run_with_resume_names_what_would_run(home):
     done = python("job.py", "--redo", "load", cwd=home, code=1)
     assert done.stderr.endswith("job.py --resume\n")  # to redo it all again would be too much
     (home / "repaired").touch()
+    done = python(*dry, "--redo", "no", cwd=home, code=2)
+    assert "no task has this name" in done.stderr
     done = python("job.py", "--redo", "no", cwd=home, code=2)
     assert done.stderr.startswith("pipeloom: redo='no': no task has this name; there are load, report, load[")
 
