@@ -3684,7 +3684,10 @@ class _Intake:
             return
         except BaseException as error:
             what = f"each= of {stage.name!r} raised " if stage.name else "the iterable of tasks raised "
-            self._run.display.tell(logging.ERROR, "%s%s; no new tasks will start", what, _describe(error))
+            if isinstance(error, PipeloomError):  # of ours, about a task that it gave
+                what = ""
+            else:
+                self._run.display.tell(logging.ERROR, "%s%s; no new tasks will start", what, _describe(error))
             self._run.fail(error, what)
         self._filled = not self._crew.has_room()
 

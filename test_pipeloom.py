@@ -3395,7 +3395,7 @@ def test_tasks_without_an_id_are_numbered_above_those_with_one_and_never_share_a
     assert rows(db)[3:] == [(9, "d", "done"), (10, "new", "done")]
 
 
-def test_a_double_id_from_a_generator_is_an_error_and_the_rest_is_stored(db):
+def test_a_double_id_from_a_generator_is_an_error_and_the_rest_is_stored(db, caplog):
     release = threading.Event()
 
     def tasks():
@@ -3410,7 +3410,7 @@ def test_a_double_id_from_a_generator_is_an_error_and_the_rest_is_stored(db):
     with pytest.raises(ValueError, match="task_id 1 of task 'b' is another task's"):
         run(tasks(), db, work, workers=1)
     timer.join()
-    assert len(rows(db)) == 1
+    assert len(rows(db)) == 1 and caplog.messages == []
 
 
 def test_an_id_that_a_settled_task_has_had_is_an_error(db):
@@ -4246,7 +4246,7 @@ def test_an_each_that_gives_nothing_is_done_at_once(db):
 
 
 @pytest.mark.parametrize("each", [lambda: 3, lambda: "abc", lambda: 1 / 0, iter([1, 2])])
-def test_an_each_that_fails_ends_the_run_with_its_error_and_the_rest_is_stored(db, each):
+def test_an_each_that_fails_ends_the_run_with_its_error_and_the_rest_is_stored(db, each, caplog):
     def name(item):
         if item == 2:
             raise ZeroDivisionError("two")
@@ -4256,8 +4256,10 @@ def test_an_each_that_fails_ends_the_run_with_its_error_and_the_rest_is_stored(d
     pipe.task(lambda ctx: None, name="first")
     pipe.task(lambda ctx, item: None, name=name, each=each, after="first")
     pipe.task(lambda ctx: None, name="last", after="<lambda>")
-    with pytest.raises((TypeError, ZeroDivisionError)):
+    with pytest.raises((TypeError, ZeroDivisionError)) as error:
         pipe.run()
+    told = [f"each= of '<lambda>' raised {pipeloom._describe(error.value)}; no new tasks will start"]
+    assert caplog.messages == ([] if isinstance(error.value, pipeloom.PipeloomError) else told)
     found = {row[1]: row[2] for row in rows(db)}
     assert found.pop("n1", "done") in ("done", "cancelled") and found == {"first": "done"}
     assert rows(db, "SELECT status FROM pipeline_runs") == [("error",)]
