@@ -5979,6 +5979,7 @@ def test_no_line_is_wider_than_the_window(bars, width):
 
 @given(st.text(max_size=60), st.integers(5, 50))
 def test_a_long_name_loses_its_middle_and_keeps_both_ends(name, width):
+    name = name.replace(".", "")  # whose dots could not be told from those of the cut
     clean = pipeloom._clean(name)
     line = pipeloom._fit(name, width, "..")
     if pipeloom._width(clean) <= width:
