@@ -1218,6 +1218,8 @@ class SQLiteWriter(threading.Thread):
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
                 wal_checkpoint(self.conn)
         except BaseException as error:
+            if isinstance(error, MemoryError):  # it is said first: there may be no memory for one more call
+                self.error = self._channel.failure = error
             self._explain(error)
         finally:
             self._leave()
