@@ -1219,7 +1219,7 @@ class SQLiteWriter(threading.Thread):
                 wal_checkpoint(self.conn)
         except BaseException as error:
             if isinstance(error, MemoryError):  # it is said first: there may be no memory for one more call
-                self.error = self._channel.failure = error
+                self.error = error
             self._explain(error)
         finally:
             self._leave()
