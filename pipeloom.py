@@ -1218,19 +1218,16 @@ class SQLiteWriter(threading.Thread):
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
                 wal_checkpoint(self.conn)
         except BaseException as error:
-            if isinstance(error, MemoryError):  # it is said first: there may be no memory for one more call
-                self.error = error
+            self.error = error  # before any call, for which there may be no memory
             self._explain(error)
         finally:
             self._leave()
 
     def _explain(self, error: BaseException) -> None:
-        told = error
         with suppress(Exception):  # of no memory: then as it is
-            told = self.store.failure(_reason(error), opening=not self.opened)
+            self.error = self.store.failure(_reason(error), opening=not self.opened)
             if self._engine is None:
-                self._display.tell(logging.ERROR, "%s", told)
-        self.error = told
+                self._display.tell(logging.ERROR, "%s", self.error)
         if self._engine is not None:
             self._engine.stop("the writer failed")
 
@@ -3898,7 +3895,7 @@ class _Run:
         return self.signals.urgency() > 0 or waited > self.options["busy_timeout"]
 
     def _check(self) -> None:
-        if self.writer.error is not None:
+        if self.writer.error is not None and not self.writer.is_alive():  # before, it may not be explained
             raise self.writer.error
         self.crew.check()
 
