@@ -2213,7 +2213,7 @@ def test_a_logging_handler_that_raises_keeps_no_producer_of_a_lone_writer_waitin
 
 
 HOARDERS = """
-import ctypes, json, resource, socket, sys, traceback, pipeloom
+import ctypes, json, os, resource, socket, sys, traceback, pipeloom
 def work(task, ctx):
     ctx.execute("INSERT INTO made VALUES (?)", (task,))
     if task % 3 == 1:
@@ -2235,9 +2235,10 @@ try:
     result = pipeloom.run_pipeline(range(12), "x.db", worker_fn=work, workers=3, progress="none",
                                    check=False, schema="CREATE TABLE made(x)")
 except (pipeloom.PipeloomError, MemoryError):  # the writer or this thread may have had no memory, either
-    print("ended")
+    print("ended", flush=True)
 else:
-    print(result.done, result.error)
+    print(result.done, result.error, flush=True)
+os._exit(0)  # as logging.shutdown may wait for a handler's lock that the library left locked, without memory
 """
 
 
