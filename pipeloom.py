@@ -809,43 +809,41 @@ class _BadMessage(Exception):
         self.reason = reason
 
 
-class _Guarded(sqlite3.Connection):
-    """The writer's connection: while its transaction is on, no statement runs outside of it.
+class _Guard:
+    """What a connection and its cursors have in common: while the writer's transaction is on, no statement
+    runs outside of it.
 
     OR ROLLBACK, ON CONFLICT ROLLBACK and RAISE(ROLLBACK) end a transaction, and a handler may catch their
     error. What it writes then would be stored at once, for a task that fails.
     """
 
+    connection: Any
+
+    def execute(self: Any, *arguments: Any) -> Any:
+        _refuse_outside(self.connection)
+        return super().execute(*arguments)  # type: ignore[misc]
+
+    def executemany(self: Any, *arguments: Any) -> Any:
+        _refuse_outside(self.connection)
+        return super().executemany(*arguments)  # type: ignore[misc]
+
+    def executescript(self: Any, *arguments: Any) -> Any:
+        _refuse_outside(self.connection)
+        return super().executescript(*arguments)  # type: ignore[misc]
+
+
+class _GuardedCursor(_Guard, sqlite3.Cursor):
+    """Of the writer's connection."""
+
+
+class _Guarded(_Guard, sqlite3.Connection):
+    """The writer's connection."""
+
     is_on = False  # the writer has begun a transaction, and not ended it
+    connection = property(lambda self: self)
 
     def cursor(self, factory: Any = None) -> Any:
         return super().cursor(factory or _GuardedCursor)
-
-    def execute(self, *arguments: Any) -> Any:
-        _refuse_outside(self)
-        return super().execute(*arguments)
-
-    def executemany(self, *arguments: Any) -> Any:
-        _refuse_outside(self)
-        return super().executemany(*arguments)
-
-    def executescript(self, *arguments: Any) -> Any:
-        _refuse_outside(self)
-        return super().executescript(*arguments)
-
-
-class _GuardedCursor(sqlite3.Cursor):
-    def execute(self, *arguments: Any) -> Any:
-        _refuse_outside(self.connection)
-        return super().execute(*arguments)
-
-    def executemany(self, *arguments: Any) -> Any:
-        _refuse_outside(self.connection)
-        return super().executemany(*arguments)
-
-    def executescript(self, *arguments: Any) -> Any:
-        _refuse_outside(self.connection)
-        return super().executescript(*arguments)
 
 
 def _refuse_outside(conn: Any) -> None:
@@ -2356,6 +2354,10 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
 
 MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
+NOT_HERE = (  # in memory, or on the machine of the run and not of the executor
+    "ctx.connect(): the database {!r} cannot be read here, but only by its writer"
+    "; use a file, and run this task on threads, with executor=None"
+)
 _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
 _Sent = namedtuple("_Sent", "message rows place")  # what a task stores: how many rows, sent from which line
 _Statement = namedtuple("_Statement", "sql params many rows place")  # a MsgExecute, in the same way
@@ -2483,8 +2485,8 @@ class TaskContext:
 
     def connect(self) -> sqlite3.Connection:
         """A read-only connection to the database as it is committed; its `with` block closes it."""
-        if self._terms.path == ":memory:":
-            raise UsageError("a :memory: database cannot be read beside its writer; use a file")
+        if not os.path.exists(self._terms.path):
+            raise UsageError(NOT_HERE.format(self._terms.path))
         return _connect_readonly(self._terms.path)
 
     @property
@@ -3232,10 +3234,6 @@ def _call_there(call: Any, function: Any, ctx: TaskContext) -> tuple[list[Any], 
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctx.enter()
         value = call(function, ctx)
-        if type(value) is CoroutineType:
-            import asyncio
-
-            value = asyncio.run(value)
         ctx.flush()
         return ctx.held, _result_text(value), None
     except TaskCancelled as stop:
@@ -3301,17 +3299,9 @@ class _Worker(_TaskThread):
                 ctx.tell(logging.DEBUG, "task %r finished twice; only the first counts", ctx.name)
 
     def _call(self, ctx: _Attempt) -> object:
-        declared, executor = ctx.stage.declared, ctx.stage.terms.executor
-        if executor is not None:
-            terms = ctx.stage.terms._replace(executor=None)
-            there = TaskContext(terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt)
-            future = executor.submit(_call_there, declared.call, declared.function, there)
-            messages, value, told = _awaited(ctx, future)
-            if told is not None:
-                raise _RemoteError(*told)
-            for message in messages:
-                ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
-            return value
+        declared = ctx.stage.declared
+        if ctx.stage.terms.executor is not None:
+            return self._call_elsewhere(ctx)
         try:
             value = declared.call(declared.function, ctx)
         finally:
@@ -3321,6 +3311,21 @@ class _Worker(_TaskThread):
             value, error = _awaited(ctx, self._crew.loop.submit(ctx, value))
             if error is not None:
                 raise error
+        return value
+
+    def _call_elsewhere(self, ctx: _Attempt) -> object:
+        declared, terms = ctx.stage.declared, ctx.stage.terms._replace(executor=None)
+        there = TaskContext(terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt)
+        try:
+            future = ctx.stage.terms.executor.submit(_call_there, declared.call, declared.function, there)
+            messages, value, told = _awaited(ctx, future)
+        except RuntimeError as error:  # the executor's own: it is shut down, or has lost a process
+            self._run.stop(f"not started: the executor failed: {_describe(error)}")
+            raise
+        if told is not None:
+            raise _RemoteError(*told)
+        for message in messages:
+            ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
         return value
 
     def _call_in_time(self, ctx: _Attempt) -> object:
@@ -3861,9 +3866,9 @@ class _Run:
 
     def _work(self) -> None:  # each step says first how it will be ended
         shown = self.writer.store.shown
+        _check_travels([stage for stage in self.graph.stages if stage.terms.executor is not None])
         _check_database(shown, self.options["store_task_status"])
-        if self.options["redo"]:
-            _check_redo(shown, self.options["redo"], [stage.name for stage in self.graph.stages])
+        _check_redo(shown, self.options["redo"], [stage.name for stage in self.graph.stages])
         lock = _RunLock(shown)
         self.ends.add(lock.release)
         if lock.path:
@@ -3992,8 +3997,33 @@ class _Run:
                 self._heed(1)
 
 
+def _check_travels(stages: Sequence[_Stage]) -> None:
+    """Find out before anything is started whether the functions of these can run in their executors."""
+    for stage in stages:
+        from concurrent.futures import ProcessPoolExecutor  # slow, and needed by few
+        from inspect import iscoroutinefunction
+        from pickle import dumps
+
+        function, why, cure = stage.declared.function, "", ""
+        if iscoroutinefunction(function):
+            why = "is an async def, which needs the event loop of this process"
+        elif not stage.terms.atomic:
+            why = "has atomic=False, which streams rows in this process"
+        elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
+            try:
+                dumps(function)
+            except Exception as error:
+                why = f"cannot be sent to another process: {_describe(error)}"
+                cure = "define it with def at the top of a module, or "
+        if why:
+            what = f"task {stage.name!r}" if stage.name else "worker_fn"
+            raise UsageError(f"executor=: {what} {why}; {cure}run it on threads, with executor=None")
+
+
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
     """Find out before anything is written whether these names are tasks'."""
+    if not redo:
+        return
     stored: list[str] = []
     with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # where no run has been, there is none
         stored = [name for (name,) in conn.execute("SELECT name FROM task_runs LIMIT 10")]
@@ -4202,6 +4232,8 @@ class Pipeline:
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
+        if sys._getframe(1).f_globals.get("__name__") == "__mp_main__":  # a process of --processes imports it
+            return  # type: ignore[misc]
         if _Session.importing:
             raise UsageError(
                 "pipe.main() was called while the file was being imported; "
@@ -4689,6 +4721,7 @@ def _add_run_options(add: Callable[..., Any]) -> None:
     add("--retries", type=_number_from(0), metavar="N", help="retry a failed task up to N times")
     add("--timeout", type=float, metavar="SECONDS", help="time limit for one attempt")
     add("--fail-fast", action="store_true", default=None, help="start no more tasks after the first failure")
+    add("--processes", type=_number_from(1), metavar="N", help="run the functions in N processes")
     add("--durable", action="store_true", default=None, help="make each commit survive a power loss")
     add("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
     add("--dry-run", action="store_true", help="print the names of the tasks and run none")
@@ -4847,18 +4880,21 @@ class _Session:
     def run(self, after: dict[_Declared, list[_Declared]], path: str, options: Any) -> RunResult:
         """What run_pipeline and Pipeline.run do in this session."""
         path = path if self.args.db is None else self.args.db
-        run = _Run(after, path, {**options, **self.options})
-        if getattr(self.args, "dry_run", False):
-            if run.options["redo"]:
+        number = getattr(self.args, "processes", None)
+        with _processes(number) if number else nullcontext() as pool:
+            if number:  # more tasks than processes, so that none waits for its next one
+                options = {"workers": 2 * number, **options, "executor": pool}
+            run = _Run(after, path, {**options, **self.options})
+            if getattr(self.args, "dry_run", False):
                 _check_redo(path, run.options["redo"], [declared.name for declared in after])
-            for name in _planned(after, path, run.options):
-                _print(_cut(name, _width(name)))
-            return RunResult(None, 0, 0, 0, 0, 0.0)
-        try:
-            return run.execute()
-        finally:
-            if run.intake is not None:  # else it never began
-                self.runs.append((path, run.result()))
+                for name in _planned(after, path, run.options):
+                    _print(_cut(name, _width(name)))
+                return RunResult(None, 0, 0, 0, 0, 0.0)
+            try:
+                return run.execute()
+            finally:
+                if run.intake is not None:  # else it never began
+                    self.runs.append((path, run.result()))
 
     def report(self, ended: bool = True) -> int:
         """Print the summary of each run to stderr; returns the exit code."""
@@ -4870,6 +4906,36 @@ class _Session:
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
             _say(f"to go on: {_command_to_resume(self.args.argv)}")
         return 0 if ok else 1
+
+
+@contextmanager
+def _processes(number: int) -> Iterator[Executor]:
+    """A pool of so many processes, all of which end with the block: one whose task hangs, too."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    before = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        yield pool
+    finally:
+        ending = threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True)
+        ending.start()
+        ending.join(1.0)
+        for child in set(multiprocessing.active_children()) - set(before):
+            child.kill()
+        ending.join(1.0)  # else the pool complains at the interpreter's exit
+
+
+def _end_with_parent() -> None:
+    """In a process of a pool, which would otherwise wait for ever for tasks of a parent that was killed."""
+    from multiprocessing import parent_process
+
+    def follow() -> None:
+        parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=follow, name="pipeloom-parent", daemon=True).start()
 
 
 def _command_to_resume(argv: list[str]) -> str:

@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import queue
 import re
 import shlex
@@ -35,7 +36,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
@@ -760,8 +761,13 @@ def in_a_process_for_long(ctx, seconds):
     time.sleep(0.6)
 
 
-async def awaited_in_a_process(ctx):
-    return os.getpid()
+async def awaited(ctx):
+    pass
+
+
+def reads_the_database(ctx):
+    with ctx.connect() as conn:
+        conn.execute("SELECT 1")
 
 
 OUTCOMES = (
@@ -1958,7 +1964,7 @@ def test_a_task_that_hangs_does_not_hold_the_process_at_its_end(home):
 
 LEFT_BEHIND = """
 import asyncio, pipeloom, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 pipe = pipeloom.Pipeline("l.db")
 @pipe.task(timeout=0.3)
 def pool(ctx):
@@ -2142,7 +2148,7 @@ def test_whenever_an_exception_comes_in_the_calling_thread_all_is_as_it_was(home
 
 LAST_WORDS = """
 import logging, sqlite3, sys, threading, time, pipeloom
-kind = sys.argv[1]
+kind = sys.argv[-1]
 class Shy:
     def __str__(self): raise LookupError("no text")
     __repr__ = __str__
@@ -3319,6 +3325,14 @@ def test_code_written_for_the_original_imports_unchanged():
     assert pipeloom.Msg
 
 
+@pytest.mark.parametrize("kind", ["plain", pytest.param("rich", marks=needs_rich)])
+def test_the_console_prints_to_stderr_without_the_markup(home, kind):
+    hidden = "import sys; sys.modules['rich'] = sys.modules['rich.console'] = None; " * (kind == "plain")
+    program = hidden + "from pipeloom import console; console.print('[cyan]All[/cyan] tasks', 3); console.log('x')"
+    done = python("-c", program, cwd=home, code=0)
+    assert done.stdout == "" and done.stderr.startswith("All tasks 3\n") and "x" in done.stderr
+
+
 def test_importing_it_imports_nothing_slow(home):
     slow = (
         "rich argparse json typing asyncio inspect_ concurrent.futures pathlib traceback_ socket urllib.parse"
@@ -3716,7 +3730,7 @@ TYPED = """
 from __future__ import annotations
 
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 from pipeloom import MsgExecute, Pipeline, RunResult, Task, TaskContext, run_pipeline
@@ -4529,7 +4543,6 @@ def test_a_dependent_runs_again_when_something_before_it_has_run(db):
 
 def test_functions_run_in_processes_and_all_promises_stay(db):
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
 
     schema = "CREATE TABLE made(number, pid); CREATE TABLE square(number)"
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
@@ -4538,13 +4551,12 @@ def test_functions_run_in_processes_and_all_promises_stay(db):
             db, schema=schema, progress="none", workers=4, check=False, executor=executor
         )
         pipe.task(in_a_process, each=range(8), retries=1, retry_delay=0)
-        pipe.task(awaited_in_a_process)
         pipe.handles(Squared)(lambda conn, m: conn.execute("INSERT INTO square VALUES (?)", (m.number,)))
         result = pipe.run()
         late = pipeloom.Pipeline(db, progress="none", workers=1, check=False, executor=executor, timeout=0.2)
         late.task(in_a_process_for_long, each=[7])
         assert late.run().failures[0].message == "timed out after 0.2 s"
-    assert (result.done, result.error, result.cancelled) == (6, 2, 1)
+    assert (result.done, result.error, result.cancelled) == (5, 2, 1)
     told = {failure.task: failure for failure in result.failures}
     assert (
         told["in_a_process[2]"].message == "Awkward: two"
@@ -4559,6 +4571,120 @@ def test_functions_run_in_processes_and_all_promises_stay(db):
         (2, '{"number": 5}')
     ]
     assert rows(db, "SELECT result FROM task_runs WHERE name = 'in_a_process[6]'") == [("1",)]
+
+
+NOT_PICKLED = "cannot be sent to another process: .*; define it with def at the top of a module, or"
+
+
+@pytest.mark.parametrize(
+    "function, options, told",
+    [
+        (lambda ctx: None, {}, NOT_PICKLED),
+        (None, {}, NOT_PICKLED),
+        (awaited, {}, "is an async def, which needs the event loop of this process;"),
+        (reads_the_database, {"atomic": False}, "has atomic=False, which streams rows in this process;"),
+    ],
+)
+def test_what_does_not_travel_to_an_executor_is_one_error_at_once(db, function, options, told):
+    def local(ctx):
+        pass
+
+    with ProcessPoolExecutor(1) as executor:
+        pipe = Pipeline(db, progress="none", executor=executor)
+        pipe.task(function or local, name="odd", **options)
+        whole = f"^executor=: task 'odd' {told} run it on threads, with executor=None$"
+        with pytest.raises(pipeloom.UsageError, match=whole):
+            pipe.run()
+        with pytest.raises(pipeloom.UsageError, match="^executor=: worker_fn cannot"):
+            run([1], db, lambda task, ctx: None, executor=executor)
+    assert not db.exists()
+
+
+class Elsewhere(Executor):
+    """Another machine: what is sent there is pickled, and the database is not at its path."""
+
+    def __init__(self, db):
+        self.db = os.fsencode(str(db))
+
+    def submit(self, function, *arguments):
+        future = Future()
+        sent = pickle.dumps(arguments).replace(self.db, b"/" + b"x" * (len(self.db) - 1))
+        future.set_result(function(*pickle.loads(sent)))
+        return future
+
+
+def test_a_task_on_a_machine_without_the_database_is_told_so_when_it_reads(db):
+    pipe = Pipeline(db, progress="none", check=False, executor=Elsewhere(db))
+    pipe.task(reads_the_database)
+    (failure,) = pipe.run().failures
+    assert re.fullmatch(
+        "UsageError: ctx.connect\\(\\): the database '/x+' cannot be read here, but only by its writer; "
+        "use a file, and run this task on threads, with executor=None",
+        failure.message,
+    )
+
+
+ENGINES = """
+import contextlib, os, signal, sys, pipeloom
+kind = sys.argv[-1]
+@contextlib.contextmanager
+def engine():
+    if kind == "loky":
+        import loky
+        yield loky.get_reusable_executor(2)
+    elif kind == "dask":
+        from dask.distributed import Client, LocalCluster
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+            with Client(cluster) as client:
+                yield client.get_executor()
+    elif kind == "mpi":
+        from mpi4py.futures import MPIPoolExecutor
+        with MPIPoolExecutor() as pool:
+            yield pool
+    else:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        with ProcessPoolExecutor(2, get_context(kind)) as pool:
+            yield pool
+def work(ctx, number):
+    ctx.execute("INSERT INTO made VALUES (?, ?)", (number, os.getpid()))
+    if number == 7 and kind != "mpi" and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 3:
+        raise ValueError("three")
+pipe = pipeloom.Pipeline("x.db", schema="CREATE TABLE IF NOT EXISTS made(number, pid)", workers=4, check=False)
+pipe.task(work, each=range(20))
+if __name__ == "__main__":
+    for _ in range(2):
+        with engine() as executor:
+            result = pipe.run(executor=executor, resume=True, progress="log")
+        print(result.done + result.skipped, result.error, result.cancelled, *(c[:40] for c in result.causes))
+    print(os.getpid())
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("kind", ["spawn", "fork", "forkserver", "loky", "dask", "mpi"])
+def test_on_every_engine_a_process_is_killed_and_a_resume_finishes_exactly_once(home, kind):
+    (home / "job.py").write_text(ENGINES)
+    command = [sys.executable, "job.py", kind]
+    if kind in ("loky", "dask"):
+        pytest.importorskip({"dask": "distributed"}.get(kind, kind))
+    elif kind == "mpi":
+        pytest.importorskip("mpi4py")
+        mpiexec = shutil.which("mpiexec", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+        command = [mpiexec, "-n", "3", sys.executable, "-m", "mpi4py.futures", *command[1:]]
+    done = subprocess.run(command, cwd=str(home), timeout=60, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first, second, pid = done.stdout.decode().splitlines() if not done.returncode else [done.stderr.decode()] * 3
+    numbers, executor_lost = list(map(int, first.split()[:3])), kind not in ("dask", "mpi")
+    assert sum(numbers) == 20 and (numbers[0] < 19) == executor_lost, first  # dask runs a lost task again itself
+    assert second.startswith("19 1 0 ValueError at job.py:"), second
+    assert sorted(n for (n,) in rows(home / "x.db", "SELECT number FROM made")) == [*range(3), *range(4, 20)]
+    assert (int(pid),) not in rows(home / "x.db", "SELECT DISTINCT pid FROM made")
+    if executor_lost:
+        (message,) = rows(home / "x.db", "SELECT DISTINCT status FROM pipeline_runs WHERE id = 1")
+        assert message == ("error",)
 
 
 SUBINTERPRETER = """
@@ -5194,6 +5320,75 @@ def test_the_options_of_the_command_line_are_those_of_a_pipeline(home):
         assert "to go on" not in done.stderr
 
     at_once(lambda check: check(), [(retried,), (in_memory,)])
+
+
+PROCESSES = """
+import os, time
+from pathlib import Path
+from pipeloom import Pipeline
+pipe = Pipeline("p.db", schema="CREATE TABLE IF NOT EXISTS made(number PRIMARY KEY, pid)", workers=1)
+@pipe.task(each=range(6), timeout=float(os.environ.get("LIMIT", 60)))
+def work(ctx, number):
+    Path(f"pid{number}").write_text(str(os.getpid()))
+    if number == int(os.environ.get("HANGS", -1)):
+        time.sleep(600)
+    ctx.upsert("made", [{"number": number, "pid": os.getpid()}], key="number")
+@pipe.task(after=work, executor=None)
+def report(ctx):
+    return os.getpid()
+pipe.main()  # not under `if __name__ == "__main__":`, and the processes import it, too
+"""
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@needs_linux
+def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(homes):
+    def pids(home):
+        return {int(path.read_text() or 0) for path in home.glob("pid*")}
+
+    def all_well(home):
+        python("job.py", "--processes", 2, "-w", 2, cwd=home, code=0)
+        made = rows(home / "p.db", "SELECT number, pid FROM made ORDER BY 1")
+        ((parent,),) = rows(home / "p.db", "SELECT result FROM task_runs WHERE name = 'report'")
+        assert [number for number, _ in made] == list(range(6)) and int(parent) not in pids(home)
+        assert {pid for _, pid in made} == pids(home)
+
+    def one_hangs(home):
+        env = {"HANGS": "3", "LIMIT": "1"}
+        done = python("job.py", "--processes", 2, cwd=home, code=1, env=env, timeout=HANG)
+        assert "5 done, 1 failed, 1 cancelled" in done.stderr and "Traceback" not in done.stderr
+        assert "work[3] failed: timed out after 1 s" in done.stderr
+
+    def interrupted(home, *numbers):
+        env = {**os.environ, "HANGS": "0"}
+        process = subprocess.Popen([sys.executable, "job.py", "--processes", "1"], cwd=str(home), env=env,
+                                   stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        try:
+            wait_for(lambda: 0 not in pids(home) and pids(home))
+            for number in numbers:
+                process.send_signal(number)
+                threading.Event().wait(0.3)
+            stderr = process.communicate(timeout=HANG)[1]
+        finally:
+            process.kill()
+            process.communicate()
+        if numbers[0] == signal.SIGINT:
+            assert process.returncode == 130 and b"Traceback" not in stderr, stderr
+
+    def one(check, *arguments):
+        home = homes()
+        (home / "job.py").write_text(PROCESSES)
+        check(home, *arguments)
+        wait_for(lambda: not any(map(is_alive, pids(home))))
+
+    cases = [(interrupted, signal.SIGINT, signal.SIGINT), (interrupted, signal.SIGKILL)]
+    at_once(one, [(all_well,), (one_hangs,), *cases])
 
 
 def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
@@ -6169,7 +6364,16 @@ def test_the_tests_that_the_readme_names_for_each_promise_exist():
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in (HERE / "examples").glob("*.py")} == {"load_csv.py", "benchmark.py"}
+    names = {path.name for path in (HERE / "examples").glob("*.py")}
+    assert names == {"load_csv.py", "benchmark.py", "cluster.py"}
+
+
+def test_the_cluster_counts_primes_once(tmp_path):
+    pytest.importorskip("distributed")
+    for done, skipped in ((50, 0), (0, 50)):
+        said = example("cluster.py", "--resume", cwd=tmp_path).stdout
+        assert re.search(f"{done} done" + f", {skipped} skipped" * bool(skipped), said), said
+    assert rows(tmp_path / "primes.db", "SELECT count(*) FROM prime") == [(78_498,)]
 
 
 LOSSY = """

@@ -22,11 +22,14 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from datetime import datetime, timezone
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent  # where pipeloom.py is
@@ -95,8 +98,26 @@ def tasks(size, db):
 
 @measure(ALL_DONE)
 def listed(size, db):
-    """no-op tasks, all queued, then stored"""
+    """no-op tasks, from a list"""
     run(range(size), db, nothing)
+
+
+def originals(task, q):
+    q.put(pipeloom.MsgTaskStarted(task.task_id, task.name, datetime.now(timezone.utc).isoformat()))
+    q.put(pipeloom.MsgTaskFinished(task.task_id, "done", datetime.now(timezone.utc).isoformat(), "ok", "completed"))
+
+
+@measure(ALL_DONE)
+def original(size, db):
+    """the original's worker, started and finished messages"""
+    run((pipeloom.Task(id, f"task-{id}") for id in range(1, size + 1)), db, originals)
+
+
+@measure()
+def discarded(size, _):
+    """the same worker in a bare pool, messages discarded"""
+    bin = SimpleNamespace(put=nothing)
+    pool(size, _, lambda id: originals(pipeloom.Task(id, f"task-{id}"), bin))
 
 
 @measure()
@@ -238,6 +259,42 @@ def raw(size, db):
             conn.executemany(INSERT, entries(first, size))
 
 
+@measure(ALL_DONE, ALL_ROWS)
+def one_row(size, db, rows=1):
+    """tasks that store one row each"""
+
+    def work(task, ctx):
+        for number in range(task * rows, (task + 1) * rows):
+            ctx.execute(INSERT, (task, number, "some text"))
+
+    run(range(size), db, work, schema=SCHEMA)
+
+
+@measure(ALL_ROWS)
+def pool_row(size, db, rows=1):
+    """a pool that computes them, then one executemany()"""
+    with ThreadPoolExecutor(WORKERS) as executor:
+        work = lambda task: [(task, number, "some text") for number in range(task * rows, (task + 1) * rows)]  # noqa: E731
+        made = [row for rows in executor.map(work, range(size)) for row in rows]
+    with closing(sqlite3.connect(db)) as conn, conn:
+        conn.execute("PRAGMA journal_mode=WAL")
+        conn.execute("PRAGMA synchronous=NORMAL")
+        conn.execute(SCHEMA)
+        conn.executemany(INSERT, made)
+
+
+@measure(ALL_DONE, ALL_ROWS.replace(":size", "(:size * 10)"))
+def ten_rows(size, db):
+    """tasks that store ten rows each"""
+    one_row(size, db, 10)
+
+
+@measure(ALL_ROWS.replace(":size", "(:size * 10)"))
+def pool_ten(size, db):
+    """a pool that computes them, then one executemany()"""
+    pool_row(size, db, 10)
+
+
 @measure("SELECT count(*) = :size FROM unnamed")
 def sqlitedict(size, db):
     """sqlitedict: rows, one key at a time, one commit"""
@@ -268,6 +325,75 @@ def busy(size, db):
         ctx.executemany(INSERT, entries(task * BATCH, size * BATCH))
 
     run(range(size), db, work, schema=SCHEMA)
+
+
+@contextmanager
+def processes():
+    """Two, that have begun; and a function that says how many seconds have gone since."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
+        deque(executor.map(time.sleep, [0.2] * 4), 0)
+        began = time.perf_counter()
+        yield executor, lambda: time.perf_counter() - began
+
+
+def busy_task(task, ctx):
+    compute()
+    ctx.executemany(INSERT, entries(task * BATCH, sys.maxsize))
+
+
+@measure(ALL_DONE, ALL_BATCHES)
+def busy_processes(size, db):
+    """the same, on 2 processes"""
+    with processes() as (executor, seconds):
+        run(range(size), db, busy_task, schema=SCHEMA, executor=executor)
+        return seconds()
+
+
+@measure(ALL_DONE)
+def executor(size, db):
+    """no-op tasks on 2 processes"""
+    with processes() as (executor, seconds):
+        run(range(size), db, nothing, executor=executor)
+        return seconds()
+
+
+@measure()
+def bare_executor(size, _):
+    """submit() and result(), as many in flight"""
+    with processes() as (executor, seconds):
+        flying = deque()
+        for number in range(size):
+            if len(flying) == WORKERS:
+                flying.popleft().result()
+            flying.append(executor.submit(nothing, number))
+        deque((future.result() for future in flying), 0)
+        return seconds()
+
+
+def large_rows(task, ctx=None):
+    """1 MiB."""
+    rows = [(task, number, str(number % 10) * 1_000) for number in range(task * BATCH, (task + 1) * BATCH)]
+    return ctx.executemany(INSERT, rows) if ctx else rows
+
+
+@measure(ALL_DONE, ALL_BATCHES)
+def returned(size, db):
+    """MiB of rows from 2 processes"""
+    with processes() as (executor, seconds):
+        run(range(size), db, large_rows, schema=SCHEMA, executor=executor)
+        return seconds()
+
+
+@measure(ALL_BATCHES)
+def bare_returned(size, db):
+    """executor.map(), and executemany() of what comes back"""
+    with processes() as (executor, seconds), closing(sqlite3.connect(db)) as conn, conn:
+        conn.execute("PRAGMA journal_mode=WAL")
+        conn.execute("PRAGMA synchronous=NORMAL")
+        conn.execute(SCHEMA)
+        for rows in executor.map(large_rows, range(size)):
+            conn.executemany(INSERT, rows)
+        return seconds()
 
 
 @measure()
@@ -512,14 +638,20 @@ class Line(NamedTuple):
 
 LINES = [
     Line("tasks", 50_000, "/s", "ratio", ">= 1", "pool", 50_000),
-    Line("listed", 50_000, "/s", "ratio", "", "pool", 50_000),
+    Line("listed", 50_000, "/s", "ratio", ">= 1", "pool", 50_000),
+    Line("original", 50_000, "/s", "ratio", ">= 1", "discarded", 50_000),
     Line("by_hand", 4_000, "/s", "ratio", "", "pool", 50_000),
     Line("huey", 300, "/s", "ratio", "", "pool", 50_000, needs="huey"),
     Line("messages", 200_000, "/s", "ratio", ">= 1", "pump", 200_000),
-    Line("execute", 400_000, "/s", "ratio", ">= 0.5", "raw", 400_000),
+    Line("execute", 400_000, "/s", "ratio", ">= 1", "raw", 400_000),
     Line("executemany", 400_000, "/s", "ratio", ">= 1.2", "raw", 400_000),
     Line("sqlitedict", 20_000, "/s", "ratio", "", "raw", 400_000, needs="sqlitedict"),
-    Line("busy", 16, " s", "ratio", "<= 1.15", "busy_pool", 16),
+    Line("one_row", 20_000, "/s", "ratio", ">= 0.9", "pool_row", 20_000),
+    Line("ten_rows", 20_000, "/s", "ratio", ">= 0.9", "pool_ten", 20_000),
+    Line("busy", 16, " s", "ratio", "<= 1.10", "busy_pool", 16),
+    Line("busy_processes", 64, "/s", "ratio", ">= 1.8", "busy", 64),
+    Line("executor", 20_000, "/s", "ratio", ">= 0.9", "bare_executor", 20_000),
+    Line("returned", 100, " s", "ratio", "<= 1.3", "bare_returned", 100),
     Line("lag", 40, " s", "itself", "< 2"),
     Line("latency", 25, " ms", "itself", "<= 5"),
     Line("idle", 1_000, "", "itself", "<= 20", needs="termios"),
