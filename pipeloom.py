@@ -788,6 +788,7 @@ REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task
 BEGIN = "BEGIN IMMEDIATE -- pipeloom"
 COMMIT = "COMMIT -- pipeloom"
 ROLLBACK = "ROLLBACK -- pipeloom"
+FEW, GATHER = 50, 0.001  # messages in a batch, after which the writer lets more come; for so many seconds
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
 _NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
 INSERT_VALUES = re.compile(  # the plain form only, which means the same with several rows
@@ -1210,6 +1211,8 @@ class SQLiteWriter(threading.Thread):
                     break
                 if batch:
                     self._commit(batch)
+                if len(batch) < FEW:  # else there is a commit for each of them, which costs more than they do
+                    time.sleep(GATHER)
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
             self.store.check_files()
@@ -2934,6 +2937,7 @@ class _Stage:
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
         terms = (chosen[name] for name in STAGE_OPTIONS)
         self.terms = _Terms(path, kinds, limit, *terms)
+        self.terms_there = self.terms._replace(executor=None)  # as what an executor gets
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
@@ -3223,7 +3227,7 @@ class _RemoteError(Exception):
         return str(self.args[0])
 
 
-def _call_there(call: Any, function: Any, ctx: TaskContext) -> tuple[list[Any], str | None, Any]:
+def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str | None, Any]:
     """In a process of executor=: call a task's function with a context that only gathers.
 
     Returns the messages that it sent, its result, and in words what it raised: not each exception travels.
@@ -3232,6 +3236,7 @@ def _call_there(call: Any, function: Any, ctx: TaskContext) -> tuple[list[Any], 
         if threading.current_thread() is threading.main_thread():
             with suppress(ValueError):  # Ctrl-C at the terminal is for the run, which lets this task finish
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ctx = TaskContext(*made_of)
         ctx.enter()
         value = call(function, ctx)
         ctx.flush()
@@ -3314,10 +3319,11 @@ class _Worker(_TaskThread):
         return value
 
     def _call_elsewhere(self, ctx: _Attempt) -> object:
-        declared, terms = ctx.stage.declared, ctx.stage.terms._replace(executor=None)
-        there = TaskContext(terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt)
+        stage = ctx.stage
+        call, function, terms = stage.declared.call, stage.declared.function, stage.terms_there
+        made_of = terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt
         try:
-            future = ctx.stage.terms.executor.submit(_call_there, declared.call, declared.function, there)
+            future = stage.terms.executor.submit(_call_there, call, function, *made_of)
             messages, value, told = _awaited(ctx, future)
         except RuntimeError as error:  # the executor's own: it is shut down, or has lost a process
             self._run.stop(f"not started: the executor failed: {_describe(error)}")
@@ -3485,11 +3491,11 @@ def _start(thread: threading.Thread) -> None:
 
 def _awaited(ctx: _Attempt, future: Any) -> Any:
     """The result of a future; what cancels the task cancels that, too."""
-    woken = threading.Event()
-    ctx.on_cancel = woken.set
-    future.add_done_callback(lambda _: woken.set())
+    bell = _Bell()
+    ctx.on_cancel = bell.ring
+    future.add_done_callback(lambda _: bell.ring())
     if not ctx.cancelled:
-        woken.wait()
+        bell.wait(threading.TIMEOUT_MAX)
     if not future.done():
         future.cancel()
         ctx.check()
