@@ -3559,6 +3559,8 @@ class _Signals:
                 self._previous[number] = previous  # first: a stray exception may come
                 with suppress(ValueError):  # in a subinterpreter, as mod_wsgi's
                     signal.signal(number, self._on_signal)
+        if self._previous and hasattr(os, "register_at_fork"):
+            _follow_forks()
 
     def restore(self) -> None:
         with self._lock:
@@ -3607,9 +3609,6 @@ class _Signals:
 
     def _on_signal(self, number: int, _: Any) -> None:
         if os.getpid() != self._pid:  # a forked child, of a pool perhaps: Ctrl-C is its parent's business
-            if number != signal.SIGINT:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
             return
         if self._nudged:
             self._nudged = False
@@ -3622,6 +3621,31 @@ class _Signals:
             signal.signal(number, signal.SIG_DFL)  # should all that be in vain, the next one ends the process
         if self.pulling:
             raise _Interrupted
+
+
+@lru_cache(None)
+def _follow_forks() -> None:
+    """Have forked children end by SIGTERM and SIGHUP as if these had no handlers. Meanwhile signals wait: what
+    comes before the child can heed it, from a pool that breaks perhaps, would be lost.
+    """
+    held: dict[int, Any] = {}  # the masks of the threads that are forking
+
+    def hold() -> None:
+        held[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.pop(get_ident()))
+
+    def release_child() -> None:
+        for number in _ENDING:
+            if isinstance(getattr(signal.getsignal(number), "__self__", None), _Signals):
+                signal.signal(number, signal.SIG_DFL)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_child)
+
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class _Tally:
