@@ -2697,7 +2697,23 @@ def test_a_locked_database_keeps_no_signal_from_ending_the_run(homes):
         assert signals == 1 or "database is locked, still after" in errors
         check_stored_by_sleeper(home)
 
-    at_once(one, [(1,), (3,)])
+    def from_the_start():
+        home = homes()
+        (home / "s.py").write_text(SLEEPER)
+        run([], home / "s.db", nothing)
+        with locked(home / "s.db", 60):
+            process = subprocess.Popen([sys.executable, "s.py", "finishes"], cwd=str(home), stderr=subprocess.PIPE)
+            try:
+                while b"trying again" not in process.stderr.readline():  # its log line
+                    assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+                process.communicate(timeout=HANG)
+            finally:
+                process.kill()
+                process.communicate()
+        assert process.returncode == -signal.SIGINT
+
+    at_once(lambda check, *arguments: check(*arguments), [(one, 1), (one, 3), (from_the_start,)])
 
 
 @needs_posix
@@ -3429,6 +3445,8 @@ def test_tasks_without_an_id_are_numbered_above_those_with_one_and_never_share_a
         run(["numbered", Task(8, "c")], db, nothing)
     run(["new", Task(9, "d")], db, nothing)
     assert rows(db)[3:] == [(9, "d", "done"), (10, "new", "done")]
+    with pytest.raises(ValueError, match="task_id 11 of task 'e' is another task's in this run"):
+        run(iter(["newer", Task(11, "e")]), db, nothing)
 
 
 def test_a_double_id_from_a_generator_is_an_error_and_the_rest_is_stored(db, caplog):
@@ -3693,6 +3711,13 @@ def test_the_progress_managers_of_the_original_drive_bars(home, kind):
     assert done.stdout == f"{kind} [50, 0]\n"
 
 
+def test_bars_that_are_made_ahead_have_a_hundred_steps():
+    made = []
+    progress = SimpleNamespace(add_task=lambda name, total: made.append((name, total)) or len(made))
+    assert pipeloom.preregister_task_bars(progress, 2) == {1: 1, 2: 2}
+    assert made == [("task-1", 100), ("task-2", 100)]
+
+
 def test_connect_sets_the_journal_and_the_pragmas(db):
     for path, wal, mode in ((str(db), True, "wal"), (db, False, "delete"), (":memory:", True, "memory")):
         conn = pipeloom.connect(path, wal=wal)
@@ -3901,6 +3926,31 @@ def test_track_passes_items_on_and_says_how_far_they_are(db):
     run(["t"], db, lambda t, ctx: [*ctx.track("abc")] == [*"abc"] or 1 / 0, progress=display)
     assert MsgTaskProgress(1, 3, 3) in display.told
     run(["t"], db, lambda t, ctx: [*ctx.track(iter("abc"))] == [*"abc"] or 1 / 0)
+
+
+def test_track_says_how_far_it_is_ten_times_a_second_at_most(moments):
+    ctx, told = pipeloom.TaskContext(None, "task", 1, "name"), []
+    for _ in ctx.track(range(10)):
+        moments.now += 0.04
+        told.append(ctx.news and ctx.news.step)
+    assert told == [None] * 3 + [3] * 3 + [6] * 3 + [9] and ctx.news.step == 10
+
+
+def test_in_another_process_sleep_sleeps(monkeypatch):
+    slept = []
+    monkeypatch.setattr(pipeloom.time, "sleep", slept.append)
+    for seconds in (0.5, -1):
+        pipeloom.TaskContext(None, "task", 1, "name").sleep(seconds)
+    assert slept == [0.5, 0]
+
+
+@pytest.mark.skipif(sqlite3.sqlite_version_info < (3, 35), reason="SQLite has no RETURNING")
+def test_a_statement_that_returns_rows_is_run_for_each_row(db):
+    def work(task, ctx):
+        ctx.executemany("INSERT INTO users VALUES (?, ?) RETURNING key", [("a", "x"), ("b", "y")])
+
+    run(["t"], db, work, schema=USERS)
+    assert rows(db, "SELECT key FROM users ORDER BY 1") == [("a",), ("b",)]
 
 
 def test_a_worker_reads_what_is_committed_and_can_change_nothing(db):
@@ -5653,6 +5703,7 @@ def test_status_of_a_live_run_says_how_far_it_is(db, capsys, wal, same_logging):
 @pytest.mark.parametrize(("began", "change", "left"), [
     (100, {}, "about 0:00:50 left"), (100, {"total": None}, ""), (0, {}, ""),
     (100, {"total": 23}, ""), (100, {"earlier": 1}, ""), (100, {"alive": None}, ""),
+    (1.5, {}, "about 0:00:00 left"),
 ])  # fmt: skip
 def test_status_gives_no_time_left_rather_than_a_wrong_one(began, change, left):
     counts = {"done": 19, "error": 1, "running": 2, "queued": 1}
@@ -6251,6 +6302,10 @@ def test_the_total_line_and_as_many_rows_as_fit_are_shown(moments):
     assert (
         len(board.lines(80, 1)) == 1 and board.lines(80, 0) == [] and len(board.lines(80, 20_000)) == 10_000
     )
+    for id in range(6, 10_000):
+        board.update(MsgTaskFinished(id, "done", "now"))
+    assert [line.split()[0] for line in shown_by(board, room=6)[1:]] == [f"task-{id}" for id in range(1, 6)]
+    assert shown_by(board, room=5)[-1] == "+2 more"
 
 
 def test_a_task_keeps_its_row_with_its_time_and_a_row_left_free_closes_after_a_moment(moments):
@@ -6334,6 +6389,11 @@ def test_there_is_no_eta_while_the_rest_waits_for_a_retry_and_none_that_is_a_gue
     assert board.eta(10) is None and "1 to retry" in shown_by(board)[0]
     board.total = 100
     assert board.eta(10) == pytest.approx(490)  # by the rate
+    board = board_of(1)
+    board.update(MsgTaskStarted(1, "last", "now"))
+    board.update(MsgTaskProgress(1, 1, 3))
+    moments.now += 10
+    assert board.eta(10) == pytest.approx(20)
 
 
 @pytest.mark.parametrize(
