@@ -1205,10 +1205,7 @@ class SQLiteWriter(threading.Thread):
             self.store.open(self._prepare)
             self.opened = True
             self._ring()
-            while True:
-                batch = self._channel.drain()
-                if batch is None:
-                    break
+            for batch in iter(self._channel.drain, None):
                 if batch:
                     self._commit(batch)
                 if len(batch) < FEW:  # else there is a commit for each of them, which costs more than they do
@@ -2359,7 +2356,7 @@ MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
 NOT_HERE = (  # in memory, or on the machine of the run and not of the executor
     "ctx.connect(): the database {!r} cannot be read here, but only by its writer"
-    "; use a file, and run this task on threads, with executor=None"
+    "; use a file, and threads or processes of this machine"
 )
 _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
 _Sent = namedtuple("_Sent", "message rows place")  # what a task stores: how many rows, sent from which line
@@ -2838,7 +2835,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {  # of a run: defau
     "durable": (False, _is_any, ""),
     "resume": (False, _is_any, ""),
     "redo": ((), lambda names: isinstance(names, (list, tuple, set)), "a list of names of tasks"),
-    "executor": (None, lambda e: e is None or hasattr(e, "submit"), "a concurrent.futures.Executor"),
+    "executor": (None, lambda e: e is None or hasattr(type(e), "submit"), "a concurrent.futures.Executor"),
     "retries": (0, lambda n: _is_whole(n) and n >= 0, "a whole number from 0"),
     "retry_delay": (1.0, _is_seconds, SECONDS),
     "timeout": (None, lambda s: s is None or (_is_seconds(s) and s), TIMEOUT),
@@ -2937,7 +2934,6 @@ class _Stage:
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
         terms = (chosen[name] for name in STAGE_OPTIONS)
         self.terms = _Terms(path, kinds, limit, *terms)
-        self.terms_there = self.terms._replace(executor=None)  # as what an executor gets
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
@@ -3232,19 +3228,48 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
 
     Returns the messages that it sent, its result, and in words what it raised: not each exception travels.
     """
+    pid = os.getpid()
     try:
         if threading.current_thread() is threading.main_thread():
             with suppress(ValueError):  # Ctrl-C at the terminal is for the run, which lets this task finish
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctx = TaskContext(*made_of)
         ctx.enter()
-        value = call(function, ctx)
+        try:
+            value = call(function, ctx)
+        finally:
+            if os.getpid() != pid:
+                _end_child()
         ctx.flush()
         return ctx.held, _result_text(value), None
     except TaskCancelled as stop:
         return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop))], None, None
     except BaseException as error:
         return [], None, _told(error)
+
+
+def _packed(call: tuple[Any, ...], item: object) -> bytes:
+    from pickle import dumps
+
+    try:
+        return dumps(call)
+    except Exception as error:
+        raise UsageError(f"item {item!r:.80} cannot be sent to another process: {_describe(error)}") from None
+
+
+def _call_packed(packed: bytes) -> bytes:
+    """The same for the library's pool, all of which breaks if a process gets what it cannot unpickle."""
+    from pickle import dumps, loads
+
+    try:
+        done = _call_there(*loads(packed))
+    except BaseException as error:
+        done = [], None, _told(error)
+    try:
+        return dumps(done)
+    except Exception as error:
+        refused = MessageRefused(f"a row or message cannot be sent to another process: {_describe(error)}")
+        return dumps(([], None, _told(refused)))
 
 
 class _TaskThread(threading.Thread):
@@ -3319,15 +3344,21 @@ class _Worker(_TaskThread):
         return value
 
     def _call_elsewhere(self, ctx: _Attempt) -> object:
-        stage = ctx.stage
-        call, function, terms = stage.declared.call, stage.declared.function, stage.terms_there
-        made_of = terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt
+        from concurrent.futures import ProcessPoolExecutor
+        from pickle import loads
+
+        declared, executor = ctx.stage.declared, ctx.stage.terms.executor
+        made_of = ctx.stage.terms._replace(executor=None), ctx.task, ctx.task_id, ctx.name, ctx.attempt
+        call, packs = (declared.call, declared.function, *made_of), isinstance(executor, ProcessPoolExecutor)
+        sent = (_call_packed, _packed(call, ctx.task)) if packs else (_call_there, *call)
         try:
-            future = stage.terms.executor.submit(_call_there, call, function, *made_of)
-            messages, value, told = _awaited(ctx, future)
-        except RuntimeError as error:  # the executor's own: it is shut down, or has lost a process
-            self._run.stop(f"not started: the executor failed: {_describe(error)}")
-            raise
+            future = executor.submit(*sent)
+        except RuntimeError as error:  # it is shut down, or broken for good
+            told = f"the executor takes no more tasks: {error}"
+            self._run.stop(f"not started: {told}")
+            raise _RemoteError(told, None, told) from None
+        done = _awaited(ctx, future)
+        messages, value, told = loads(done) if packs else done
         if told is not None:
             raise _RemoteError(*told)
         for message in messages:
@@ -3625,8 +3656,9 @@ class _Signals:
 
 @lru_cache(None)
 def _follow_forks() -> None:
-    """Have forked children end by SIGTERM and SIGHUP as if these had no handlers. Meanwhile signals wait: what
-    comes before the child can heed it, from a pool that breaks perhaps, would be lost.
+    """Have forked children end by SIGTERM and SIGHUP as if these had no handlers.
+
+    Meanwhile signals wait: what comes before the child can heed it, from a pool that breaks perhaps, is lost.
     """
     held: dict[int, Any] = {}  # the masks of the threads that are forking
 
@@ -3896,9 +3928,8 @@ class _Run:
 
     def _work(self) -> None:  # each step says first how it will be ended
         shown = self.writer.store.shown
-        _check_travels([stage for stage in self.graph.stages if stage.terms.executor is not None])
         _check_database(shown, self.options["store_task_status"])
-        _check_redo(shown, self.options["redo"], [stage.name for stage in self.graph.stages])
+        _check_stages(self.graph.stages, shown, self.options["redo"])
         lock = _RunLock(shown)
         self.ends.add(lock.release)
         if lock.path:
@@ -4027,9 +4058,12 @@ class _Run:
                 self._heed(1)
 
 
-def _check_travels(stages: Sequence[_Stage]) -> None:
-    """Find out before anything is started whether the functions of these can run in their executors."""
+def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> None:
+    """Find out before anything is started whether these names are tasks', and whether functions travel."""
+    _check_redo(path, redo, [stage.name for stage in stages])
     for stage in stages:
+        if stage.terms.executor is None:
+            continue
         from concurrent.futures import ProcessPoolExecutor  # slow, and needed by few
         from inspect import iscoroutinefunction
         from pickle import dumps
@@ -4047,7 +4081,7 @@ def _check_travels(stages: Sequence[_Stage]) -> None:
                 cure = "define it with def at the top of a module, or "
         if why:
             what = f"task {stage.name!r}" if stage.name else "worker_fn"
-            raise UsageError(f"executor=: {what} {why}; {cure}run it on threads, with executor=None")
+            raise UsageError(f"{what} {why}; {cure}run it on threads, as with @pipe.task(executor=None)")
 
 
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
@@ -4751,7 +4785,7 @@ def _add_run_options(add: Callable[..., Any]) -> None:
     add("--retries", type=_number_from(0), metavar="N", help="retry a failed task up to N times")
     add("--timeout", type=float, metavar="SECONDS", help="time limit for one attempt")
     add("--fail-fast", action="store_true", default=None, help="start no more tasks after the first failure")
-    add("--processes", type=_number_from(1), metavar="N", help="run the functions in N processes")
+    add("--processes", type=_number_from(1), metavar="N", help="run N tasks at once, each in a process")
     add("--durable", action="store_true", default=None, help="make each commit survive a power loss")
     add("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
     add("--dry-run", action="store_true", help="print the names of the tasks and run none")
@@ -4911,12 +4945,14 @@ class _Session:
         """What run_pipeline and Pipeline.run do in this session."""
         path = path if self.args.db is None else self.args.db
         number = getattr(self.args, "processes", None)
+        if number and self.args.workers:
+            raise UsageError("--processes N runs N tasks at once; omit -w")
         with _processes(number) if number else nullcontext() as pool:
-            if number:  # more tasks than processes, so that none waits for its next one
-                options = {"workers": 2 * number, **options, "executor": pool}
+            if number:
+                options = {**options, "workers": number, "executor": pool}
             run = _Run(after, path, {**options, **self.options})
             if getattr(self.args, "dry_run", False):
-                _check_redo(path, run.options["redo"], [declared.name for declared in after])
+                _check_stages(run.graph.stages, path, run.options["redo"])
                 for name in _planned(after, path, run.options):
                     _print(_cut(name, _width(name)))
                 return RunResult(None, 0, 0, 0, 0, 0.0)
@@ -4940,31 +4976,67 @@ class _Session:
 
 @contextmanager
 def _processes(number: int) -> Iterator[Executor]:
-    """A pool of so many processes, all of which end with the block: one whose task hangs, too."""
+    """An executor for so many tasks at once. Its processes end with the block: one whose task hangs, too."""
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
-    before = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _end_with_parent)
+    spawn = multiprocessing.get_context("spawn")
+    pools: list[ProcessPoolExecutor] = []
+    free: deque[ProcessPoolExecutor] = deque()
+
+    class Processes(ProcessPoolExecutor):
+        """A pool for each: a process that dies fails its own task only, one that hangs holds up no other."""
+
+        def submit(self, *arguments: Any) -> Any:  # type: ignore[override]
+            try:
+                pool = free.pop()
+            except IndexError:
+                pool = ProcessPoolExecutor(1, spawn, _begin_process)
+                pools.append(pool)
+            before = _mask_of_signals("SIG_BLOCK", {signal.SIGINT})  # is not for a process that starts now
+            try:
+                future = pool.submit(*arguments)
+            finally:
+                _mask_of_signals("SIG_SETMASK", before)
+            future.add_done_callback(partial(self._is_free, pool))
+            return future
+
+        def _is_free(self, pool: Any, future: Any) -> None:
+            if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
+                free.append(pool)
+
+    main, before = sys.modules["__main__"], multiprocessing.active_children()
+    if getattr(main, "__spec__", None) is None and not os.path.isfile(getattr(main, "__file__", "")):
+        raise UsageError("--processes: other processes cannot import this program; put it into a file")
     try:
-        yield pool
+        yield Processes(number, spawn)
     finally:
-        ending = threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True)
-        ending.start()
-        ending.join(1.0)
-        for child in set(multiprocessing.active_children()) - set(before):
-            child.kill()
-        ending.join(1.0)  # else the pool complains at the interpreter's exit
+        ends = [threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True) for pool in pools]
+        for end in ends:
+            end.start()
+        for may_live in (True, False):
+            until = time.monotonic() + 1.0
+            for end in ends:
+                end.join(max(until - time.monotonic(), 0.0))
+            for child in set(multiprocessing.active_children()) - set(before) if may_live else ():
+                child.kill()  # and wait again, as else the pools complain at the interpreter's exit
 
 
-def _end_with_parent() -> None:
-    """In a process of a pool, which would otherwise wait for ever for tasks of a parent that was killed."""
+def _mask_of_signals(how: str, signals: Any) -> Any:
+    """Of this thread, and of what it starts; returns the one before. Windows has none."""
+    return signal.pthread_sigmask(getattr(signal, how), signals) if hasattr(signal, how) else ()
+
+
+def _begin_process() -> None:
+    """In a process of such a pool, which otherwise waits for ever for tasks of a parent that was killed."""
     from multiprocessing import parent_process
 
     def follow() -> None:
         parent_process().join()  # type: ignore[union-attr]
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _mask_of_signals("SIG_UNBLOCK", {signal.SIGINT})
     threading.Thread(target=follow, name="pipeloom-parent", daemon=True).start()
 
 

@@ -4666,10 +4666,10 @@ def test_what_does_not_travel_to_an_executor_is_one_error_at_once(db, function, 
     with ProcessPoolExecutor(1) as executor:
         pipe = Pipeline(db, progress="none", executor=executor)
         pipe.task(function or local, name="odd", **options)
-        whole = f"^executor=: task 'odd' {told} run it on threads, with executor=None$"
+        whole = rf"^task 'odd' {told} run it on threads, as with @pipe.task\(executor=None\)$"
         with pytest.raises(pipeloom.UsageError, match=whole):
             pipe.run()
-        with pytest.raises(pipeloom.UsageError, match="^executor=: worker_fn cannot"):
+        with pytest.raises(pipeloom.UsageError, match="^worker_fn cannot"):
             run([1], db, lambda task, ctx: None, executor=executor)
     assert not db.exists()
 
@@ -4693,7 +4693,7 @@ def test_a_task_on_a_machine_without_the_database_is_told_so_when_it_reads(db):
     (failure,) = pipe.run().failures
     assert re.fullmatch(
         "UsageError: ctx.connect\\(\\): the database '/x+' cannot be read here, but only by its writer; "
-        "use a file, and run this task on threads, with executor=None",
+        "use a file, and threads or processes of this machine",
         failure.message,
     )
 
@@ -5401,11 +5401,16 @@ import os, time
 from pathlib import Path
 from pipeloom import Pipeline
 pipe = Pipeline("p.db", schema="CREATE TABLE IF NOT EXISTS made(number PRIMARY KEY, pid)", workers=1)
-@pipe.task(each=range(6), timeout=float(os.environ.get("LIMIT", 60)))
+@pipe.task(each=range(6), timeout=float(os.environ.get("LIMIT", 60)), retries=1, retry_delay=0)
 def work(ctx, number):
     Path(f"pid{number}").write_text(str(os.getpid()))
-    if number == int(os.environ.get("HANGS", -1)):
+    what = os.environ.get(f"TASK{number}")
+    if what == "hangs":
         time.sleep(600)
+    if what == "dies" or (what == "dies once" and ctx.attempt == 1):
+        os.kill(os.getpid(), 9)
+    if what == "forks" and not os.fork():
+        return "of the child"
     ctx.upsert("made", [{"number": number, "pid": os.getpid()}], key="number")
 @pipe.task(after=work, executor=None)
 def report(ctx):
@@ -5427,20 +5432,24 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
         return {int(path.read_text() or 0) for path in home.glob("pid*")}
 
     def all_well(home):
-        python("job.py", "--processes", 2, "-w", 2, cwd=home, code=0)
+        python("job.py", "--processes", 2, cwd=home, code=0)
         made = rows(home / "p.db", "SELECT number, pid FROM made ORDER BY 1")
         ((parent,),) = rows(home / "p.db", "SELECT result FROM task_runs WHERE name = 'report'")
         assert [number for number, _ in made] == list(range(6)) and int(parent) not in pids(home)
         assert {pid for _, pid in made} == pids(home)
 
-    def one_hangs(home):
-        env = {"HANGS": "3", "LIMIT": "1"}
+    def odd_ones(home):
+        env = {"TASK1": "hangs", "TASK2": "dies", "TASK3": "dies once", "TASK4": "forks", "LIMIT": "1"}
         done = python("job.py", "--processes", 2, cwd=home, code=1, env=env, timeout=HANG)
-        assert "5 done, 1 failed, 1 cancelled" in done.stderr and "Traceback" not in done.stderr
-        assert "work[3] failed: timed out after 1 s" in done.stderr
+        assert "4 done, 2 failed, 1 cancelled" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "work[1] failed: timed out after 1 s" in done.stderr
+        assert "work[2] failed: BrokenProcessPool: " in done.stderr
+        assert rows(home / "p.db", "SELECT DISTINCT result FROM task_runs") == [(None,)]
+        done = python("job.py", "--processes", 2, "--resume", cwd=home, code=0)
+        assert "3 done, 4 skipped" in done.stderr
 
     def interrupted(home, *numbers):
-        env = {**os.environ, "HANGS": "0"}
+        env = {**os.environ, "TASK0": "hangs"}
         process = subprocess.Popen([sys.executable, "job.py", "--processes", "1"], cwd=str(home), env=env,
                                    stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
         try:
@@ -5462,7 +5471,45 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
         wait_for(lambda: not any(map(is_alive, pids(home))))
 
     cases = [(interrupted, signal.SIGINT, signal.SIGINT), (interrupted, signal.SIGKILL)]
-    at_once(one, [(all_well,), (one_hangs,), *cases])
+    at_once(one, [(all_well,), (odd_ones,), *cases])
+
+
+def test_processes_need_a_program_in_a_file_and_say_how_many_run(home):
+    program = "import pipeloom; pipe = pipeloom.Pipeline('x.db'); pipe.task(len); pipe.main(['--processes', '2'])"
+    done = python("-c", program, cwd=home, code=2)
+    assert done.stderr == "pipeloom: --processes: other processes cannot import this program; put it into a file\n"
+    (home / "job.py").write_text(PROCESSES)
+    done = python("job.py", "--processes", 2, "-w", 3, cwd=home, code=2)
+    assert done.stderr == "pipeloom: --processes N runs N tasks at once; omit -w\n"
+
+
+class Unlike:
+    """It can be pickled, and not unpickled."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def sends(ctx, item):
+    if item == "row":
+        ctx.execute("INSERT INTO users VALUES (?, ?)", (threading.Lock(), 1))
+    if item == "number":
+        ctx.put(Squared(Unlike()))
+
+
+def test_what_cannot_be_pickled_fails_its_task_only(db):
+    items = {"lock": threading.Lock(), "odd": Unlike(), "row": "row", "number": "number", "good": 1}
+    with ProcessPoolExecutor(1) as executor:
+        pipe = Pipeline(db, progress="none", check=False, executor=executor, schema=USERS)
+        pipe.task(sends, each=list(items.values()), name=lambda item: next(k for k, v in items.items() if v is item))
+        pipe.handles(Squared)(lambda conn, message: None)
+        result = pipe.run()
+    told = {failure.task: failure.message for failure in result.failures}
+    assert (result.done, sorted(told)) == (1, ["lock", "number", "odd", "row"])
+    assert told["lock"].startswith("UsageError: item <unlocked _thread.lock object at")
+    assert re.search("cannot be sent to another process: TypeError: cannot pickle '_?thread.lock' object", told["lock"])
+    assert told["row"].startswith("MessageRefused: a row or message cannot be sent to another process: TypeError")
+    assert told["odd"] == told["number"] == "ValueError: invalid literal for int() with base 10: 'no number'"
 
 
 def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
