@@ -788,7 +788,7 @@ REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task
 BEGIN = "BEGIN IMMEDIATE -- pipeloom"
 COMMIT = "COMMIT -- pipeloom"
 ROLLBACK = "ROLLBACK -- pipeloom"
-FEW, GATHER = 50, 0.001  # messages in a batch, after which the writer lets more come; for so many seconds
+GATHER = 0.001  # seconds between commits that are quicker than that
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
 _NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
 INSERT_VALUES = re.compile(  # the plain form only, which means the same with several rows
@@ -1206,9 +1206,10 @@ class SQLiteWriter(threading.Thread):
             self.opened = True
             self._ring()
             for batch in iter(self._channel.drain, None):
+                began = time.monotonic()
                 if batch:
                     self._commit(batch)
-                if len(batch) < FEW:  # else there is a commit for each of them, which costs more than they do
+                if time.monotonic() - began < GATHER:  # so little that messages should gather for the next
                     time.sleep(GATHER)
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
