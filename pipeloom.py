@@ -3667,7 +3667,8 @@ def _follow_forks() -> None:
         held[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
     def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held.pop(get_ident()))
+        if get_ident() in held:  # else this was registered while it forked
+            signal.pthread_sigmask(signal.SIG_SETMASK, held.pop(get_ident()))
 
     def release_child() -> None:
         for number in _ENDING:
@@ -4983,28 +4984,34 @@ def _processes(number: int) -> Iterator[Executor]:
 
     spawn = multiprocessing.get_context("spawn")
     pools: list[ProcessPoolExecutor] = []
-    free: deque[ProcessPoolExecutor] = deque()
+    free: deque[tuple[ProcessPoolExecutor, Any]] = deque()  # with their processes
+    lock = threading.Lock()  # held while a pool starts its process, so that it is known which one that is
 
     class Processes(ProcessPoolExecutor):
-        """A pool for each: a process that dies fails its own task only, one that hangs holds up no other."""
+        """A pool for each: a process that dies, or is killed at its deadline, takes nothing with it."""
 
         def submit(self, *arguments: Any) -> Any:  # type: ignore[override]
+            mask = _mask_of_signals("SIG_BLOCK", {signal.SIGINT})  # is not for a process that starts now
             try:
-                pool = free.pop()
-            except IndexError:
-                pool = ProcessPoolExecutor(1, spawn, _begin_process)
-                pools.append(pool)
-            before = _mask_of_signals("SIG_BLOCK", {signal.SIGINT})  # is not for a process that starts now
-            try:
+                pool, process = free.pop()
                 future = pool.submit(*arguments)
+            except IndexError:
+                with lock:
+                    others = set(multiprocessing.active_children())
+                    pool = ProcessPoolExecutor(1, spawn, _begin_process)
+                    pools.append(pool)
+                    future = pool.submit(*arguments)
+                    process = next(iter(set(multiprocessing.active_children()) - others), None)
             finally:
-                _mask_of_signals("SIG_SETMASK", before)
-            future.add_done_callback(partial(self._is_free, pool))
+                _mask_of_signals("SIG_SETMASK", mask)
+            future.add_done_callback(partial(self._is_free, pool, process))
+            cancel = future.cancel
+            future.cancel = lambda: cancel() or (process and process.kill())  # type: ignore[method-assign]
             return future
 
-        def _is_free(self, pool: Any, future: Any) -> None:
+        def _is_free(self, pool: Any, process: Any, future: Any) -> None:
             if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
-                free.append(pool)
+                free.append((pool, process))
 
     main, before = sys.modules["__main__"], multiprocessing.active_children()
     if getattr(main, "__spec__", None) is None and not os.path.isfile(getattr(main, "__file__", "")):

@@ -5415,6 +5415,14 @@ def work(ctx, number):
 @pipe.task(after=work, executor=None)
 def report(ctx):
     return os.getpid()
+@pipe.task(after=work, executor=None, even_if_failed=True, timeout=10)
+def ended(ctx):
+    while os.environ.get("TASK1") == "hangs":
+        try:
+            os.kill(int(Path("pid1").read_text()), 0)
+        except ProcessLookupError:
+            return
+        ctx.sleep(0.01)
 pipe.main()  # not under `if __name__ == "__main__":`, and the processes import it, too
 """
 
@@ -5441,12 +5449,12 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
     def odd_ones(home):
         env = {"TASK1": "hangs", "TASK2": "dies", "TASK3": "dies once", "TASK4": "forks", "LIMIT": "1"}
         done = python("job.py", "--processes", 2, cwd=home, code=1, env=env, timeout=HANG)
-        assert "4 done, 2 failed, 1 cancelled" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "5 done, 2 failed, 1 cancelled" in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert "work[1] failed: timed out after 1 s" in done.stderr
         assert "work[2] failed: BrokenProcessPool: " in done.stderr
         assert rows(home / "p.db", "SELECT DISTINCT result FROM task_runs") == [(None,)]
         done = python("job.py", "--processes", 2, "--resume", cwd=home, code=0)
-        assert "3 done, 4 skipped" in done.stderr
+        assert "4 done, 4 skipped" in done.stderr
 
     def interrupted(home, *numbers):
         env = {**os.environ, "TASK0": "hangs"}
