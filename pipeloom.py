@@ -4946,9 +4946,11 @@ class _Session:
     def run(self, after: dict[_Declared, list[_Declared]], path: str, options: Any) -> RunResult:
         """What run_pipeline and Pipeline.run do in this session."""
         path = path if self.args.db is None else self.args.db
-        number = getattr(self.args, "processes", None)
+        number, main = getattr(self.args, "processes", None), sys.modules["__main__"]
         if number and self.args.workers:
             raise UsageError("--processes N runs N tasks at once; omit -w")
+        if number and not (getattr(main, "__spec__", None) or os.path.isfile(getattr(main, "__file__", ""))):
+            raise UsageError("--processes: other processes cannot import this program; put it into a file")
         with _processes(number) if number else nullcontext() as pool:
             if number:
                 options = {**options, "workers": number, "executor": pool}
@@ -5013,9 +5015,7 @@ def _processes(number: int) -> Iterator[Executor]:
             if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
                 free.append((pool, process))
 
-    main, before = sys.modules["__main__"], multiprocessing.active_children()
-    if getattr(main, "__spec__", None) is None and not os.path.isfile(getattr(main, "__file__", "")):
-        raise UsageError("--processes: other processes cannot import this program; put it into a file")
+    before = multiprocessing.active_children()
     try:
         yield Processes(number, spawn)
     finally:
