@@ -76,6 +76,7 @@ if os.name != "nt":
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # it keeps a file open
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script tests in its background
 
 
