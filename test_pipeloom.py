@@ -2312,23 +2312,13 @@ print(result.done, sent[0])
 def test_a_logging_handler_that_sends_to_the_context_meets_no_deadlock(home, what):
     """A worker holds its lock and waits for room, while the writer has something to say."""
     (home / "log.py").write_text(LOG_TABLE)
-    process = subprocess.Popen(
-        [sys.executable, "log.py", what], cwd=str(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, universal_newlines=True,
-    )  # fmt: skip
-    holder = ExitStack()
-    try:
-        assert process.stdout.readline() == "ready\n", process.communicate()
+    with ExitStack() as holder, begun("log.py", what, cwd=home, stdin=subprocess.PIPE) as process:
         if what == "a lock":
             holder.enter_context(locked(home / "x.db", 1))
         output, errors = process.communicate("\n", timeout=HANG - 5)
         done, sent = output.split()
         assert done == "6", errors
         assert rows(home / "x.db", "SELECT count(*) FROM log") == [(int(sent),)]
-    finally:
-        process.kill()
-        process.communicate()
-        holder.close()
 
 
 NO_FILES = """
@@ -2816,14 +2806,7 @@ def test_signals_end_a_run_that_waits_for_room_while_another_program_holds_the_d
 
     def one(number, how, home):
         (home / "s.py").write_text(FULL_CHANNEL)
-        process = subprocess.Popen(
-            [sys.executable, "s.py", how], cwd=str(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, universal_newlines=True,
-        )  # fmt: skip
-        holder = ExitStack()
-        try:
-            assert process.stdout.readline() == "ready\n", process.communicate()
-            holder.enter_context(locked(home / "x.db", 60))
+        with begun("s.py", how, cwd=home, stdin=subprocess.PIPE) as process, locked(home / "x.db", 60):
             process.stdin.write("\n")
             process.stdin.flush()
             threading.Event().wait(0.7)
@@ -2833,10 +2816,6 @@ def test_signals_end_a_run_that_waits_for_room_while_another_program_holds_the_d
             with suppress(subprocess.TimeoutExpired):
                 process.wait(HANG - 5)
             ended.append((how, number, process.poll()))
-        finally:
-            holder.close()
-            process.kill()
-            process.communicate()
 
     hows = ("a long list", "a new source")
     cases = [(number, how, homes()) for number in (signal.SIGINT, signal.SIGTERM) for how in hows]
