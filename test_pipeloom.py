@@ -25,7 +25,6 @@ import os
 import pickle
 import queue
 import re
-import shlex
 import shutil
 import signal
 import sqlite3
