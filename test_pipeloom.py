@@ -2252,9 +2252,10 @@ os._exit(0)  # as logging.shutdown may wait for a handler's lock that the librar
 def test_tasks_that_use_all_memory_end_and_so_does_the_run(homes):
     def one(home):
         done = python("-c", HOARDERS, cwd=home, timeout=HANG, env={"MALLOC_ARENA_MAX": "1"})
-        assert done.returncode == 0, done.stderr
-        counts = [int(word) for word in done.stdout.split() if word.isdigit()]  # it may hit others, too
-        assert sum(counts) == 12 and counts[1] >= 4 or "ended" in done.stdout, done.stdout + done.stderr
+        if "Cannot recover from MemoryErrors" not in done.stderr:  # for which Pythons before 3.12 abort, at times
+            assert done.returncode == 0, done.stderr
+            counts = [int(word) for word in done.stdout.split() if word.isdigit()]  # it may hit others, too
+            assert sum(counts) == 12 and counts[1] >= 4 or "ended" in done.stdout, done.stdout + done.stderr
         names = [name for (name,) in rows(home / "x.db", "SELECT name FROM task_runs WHERE status = 'done'")]
         assert sorted(str(x) for (x,) in rows(home / "x.db", "SELECT x FROM made")) == sorted(names)
 
