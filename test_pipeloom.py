@@ -40,6 +40,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -4596,10 +4597,8 @@ def test_a_dependent_runs_again_when_something_before_it_has_run(db):
 
 
 def test_functions_run_in_processes_and_all_promises_stay(db):
-    import multiprocessing
-
     schema = "CREATE TABLE made(number, pid); CREATE TABLE square(number)"
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
         executor.submit(int).result()
         pipe = pipeloom.Pipeline(
             db, schema=schema, progress="none", workers=4, check=False, executor=executor
@@ -5487,7 +5486,7 @@ def sends(ctx, item):
 
 def test_what_cannot_be_pickled_fails_its_task_only(db):
     items = {"lock": threading.Lock(), "odd": Unlike(), "row": "row", "number": "number", "good": 1}
-    with ProcessPoolExecutor(1) as executor:
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         pipe = Pipeline(db, progress="none", check=False, executor=executor, schema=USERS)
         pipe.task(sends, each=list(items.values()), name=lambda item: next(k for k, v in items.items() if v is item))
         pipe.handles(Squared)(lambda conn, message: None)
