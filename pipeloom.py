@@ -1213,7 +1213,6 @@ class SQLiteWriter(threading.Thread):
                     time.sleep(GATHER)
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
-            self.store.check_files()
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
                 wal_checkpoint(self.conn)
         except BaseException as error:

@@ -1240,7 +1240,10 @@ GUARDED = f"""{USERS}; CREATE TABLE stored(key); CREATE TABLE guarded(x);
     CREATE TRIGGER no BEFORE INSERT ON guarded BEGIN SELECT RAISE(ROLLBACK, 'no'); END"""
 
 
-@pytest.mark.parametrize("then", ["writes", "opens a savepoint and writes", "begins and writes"])
+WAYS = ("execute", "executemany", "executescript", "cursor, execute", "cursor, executemany", "cursor, executescript")
+
+
+@pytest.mark.parametrize("then", [*WAYS, "opens a savepoint and writes", "begins and writes"])
 @pytest.mark.parametrize("how", ROLLS_BACK)
 def test_a_handler_that_goes_on_after_a_rollback_fails_its_task_and_stores_nothing(db, how, then):
     """Its writes would be in autocommit, once for each replay, or in a transaction that nobody commits."""
@@ -1249,9 +1252,13 @@ def test_a_handler_that_goes_on_after_a_rollback_fails_its_task_and_stores_nothi
         if user.name == "bad":
             with suppress(sqlite3.IntegrityError):
                 conn.execute(ROLLS_BACK[how])
-            if then != "writes":
+            if then not in WAYS:
                 conn.execute("SAVEPOINT mine" if "savepoint" in then else "BEGIN")
-        conn.execute("INSERT INTO stored VALUES (?)", (user.key,))
+            writes = getattr(conn.cursor() if "cursor" in then else conn, then.rpartition(" ")[2], conn.execute)
+            many = [(user.key,)] if "many" in then else (user.key,)
+            writes(*[f"INSERT INTO stored VALUES ({user.key})"] if "script" in then else [INTO_STORED, many])
+        else:
+            conn.execute(INTO_STORED, (user.key,))
 
     bad = (7, 30)
     result = run(
@@ -1262,6 +1269,9 @@ def test_a_handler_that_goes_on_after_a_rollback_fails_its_task_and_stores_nothi
     assert stored == [n for n in range(60) if n not in bad]
     assert (result.done, result.error) == (58, 2)
     assert sorted(failure.task for failure in result.failures) == ["30", "7"]
+
+
+INTO_STORED = "INSERT INTO stored VALUES (?)"
 
 
 def in_one_batch(db, tasks, sql, **options):
@@ -6432,7 +6442,7 @@ def test_there_is_no_eta_while_the_rest_waits_for_a_retry_and_none_that_is_a_gue
 
 @pytest.mark.parametrize(
     "per_second, said",
-    [(6543.21, "6,543/s"), (12.34, "12.3/s"), (0.5, "30.0/min"), (0.02, "1.2/min"), (0.001, "3.6/h")],
+    [(6543.21, "6,543/s"), (12.34, "12.3/s"), (1.5, "1.5/s"), (1 / 60, "1.0/min"), (0.5, "30.0/min"), (0.02, "1.2/min"), (0.001, "3.6/h")],
 )
 def test_a_rate_is_per_second_minute_or_hour(per_second, said):
     assert pipeloom._rate(per_second) == said
