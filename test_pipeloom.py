@@ -3709,6 +3709,20 @@ def test_bars_that_are_made_ahead_have_a_hundred_steps():
     assert made == [("task-1", 100), ("task-2", 100)]
 
 
+def test_the_wal_is_empty_after_a_run_even_if_somebody_still_reads(db):
+    run([], db, nothing, schema=USERS)
+    with closing(sqlite3.connect(str(db))) as reader:
+        assert reader.execute("SELECT count(*) FROM users").fetchall() == [(0,)]
+        run(["a"], db, lambda task, ctx: ctx.execute("INSERT INTO users VALUES (1, 2)"))
+        assert Path(f"{db}-wal").stat().st_size == 0
+
+
+def test_a_writer_alone_says_which_message_nobody_handles(db, caplog):
+    run_alone(db, object(), MsgTaskStarted(1, "one", "now"))
+    assert "no handler for messages of type object; pass handlers={object: function}" in caplog.text
+    assert rows(db) == [(1, "one", "running")]
+
+
 def test_connect_sets_the_journal_and_the_pragmas(db):
     for path, wal, mode in ((str(db), True, "wal"), (db, False, "delete"), (":memory:", True, "memory")):
         conn = pipeloom.connect(path, wal=wal)
@@ -5747,10 +5761,10 @@ def test_status_of_a_live_run_says_how_far_it_is(db, capsys, wal, same_logging):
 @pytest.mark.parametrize(("began", "change", "left"), [
     (100, {}, "about 0:00:50 left"), (100, {"total": None}, ""), (0, {}, ""),
     (100, {"total": 23}, ""), (100, {"earlier": 1}, ""), (100, {"alive": None}, ""),
-    (1.5, {}, "about 0:00:00 left"),
+    (1.5, {}, "about 0:00:00 left"), (100, {"cancelled": 4}, "about 0:00:30 left"),
 ])  # fmt: skip
 def test_status_gives_no_time_left_rather_than_a_wrong_one(began, change, left):
-    counts = {"done": 19, "error": 1, "running": 2, "queued": 1}
+    counts = {"done": 19, "error": 1, "running": 2, "queued": 1, "cancelled": change.get("cancelled", 0)}
     run = {"status": "running", "alive": change.get("alive", True), "ended": None, "began": time.time() - began,
            "pid": 1, "host": "h", "total": change.get("total", 30)}  # fmt: skip
     status = {"database": "x.db", "run": run, "run_counts": counts,
