@@ -4981,10 +4981,28 @@ class _Session:
 def _processes(number: int) -> Iterator[Executor]:
     """An executor for so many tasks at once. Its processes end with the block: one whose task hangs, too."""
     import multiprocessing
+
+    pools: list[Any] = []
+    before = multiprocessing.active_children()
+    try:
+        yield _new_processes(number, pools)
+    finally:
+        ends = [threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True) for pool in pools]
+        for end in ends:
+            end.start()
+        for may_live in (True, False):
+            until = time.monotonic() + 1.0
+            for end in ends:
+                end.join(max(until - time.monotonic(), 0.0))
+            for child in set(multiprocessing.active_children()) - set(before) if may_live else ():
+                child.kill()  # and wait again, as else the pools complain at the interpreter's exit
+
+
+def _new_processes(number: int, pools: list[Any]) -> Executor:
+    import multiprocessing
     from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
     spawn = multiprocessing.get_context("spawn")
-    pools: list[ProcessPoolExecutor] = []
     free: deque[tuple[ProcessPoolExecutor, Any]] = deque()  # with their processes
     lock = threading.Lock()  # held while a pool starts its process, so that it is known which one that is
 
@@ -4996,7 +5014,7 @@ def _processes(number: int) -> Iterator[Executor]:
             try:
                 pool, process = free.pop()
                 future = pool.submit(*arguments)
-            except IndexError:
+            except (IndexError, BrokenExecutor):  # none is free, or that one has died meanwhile
                 with lock:
                     others = set(multiprocessing.active_children())
                     pool = ProcessPoolExecutor(1, spawn, _begin_process)
@@ -5005,28 +5023,22 @@ def _processes(number: int) -> Iterator[Executor]:
                     process = next(iter(set(multiprocessing.active_children()) - others), None)
             finally:
                 _mask_of_signals("SIG_SETMASK", mask)
-            future.add_done_callback(partial(self._is_free, pool, process))
-            cancel = future.cancel
-            future.cancel = lambda: cancel() or (process and process.kill())  # type: ignore[method-assign]
+            taken, cancel = [(pool, process)], future.cancel  # its end or its deadline takes it out
+            future.add_done_callback(partial(self._give_back, taken))
+            future.cancel = lambda: cancel() or self._kill(taken)  # type: ignore[method-assign]
             return future
 
-        def _is_free(self, pool: Any, process: Any, future: Any) -> None:
+        def _give_back(self, taken: list[Any], future: Any) -> None:
             if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
-                free.append((pool, process))
+                with suppress(IndexError):
+                    free.append(taken.pop())
 
-    before = multiprocessing.active_children()
-    try:
-        yield Processes(number, spawn)
-    finally:
-        ends = [threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True) for pool in pools]
-        for end in ends:
-            end.start()
-        for may_live in (True, False):
-            until = time.monotonic() + 1.0
-            for end in ends:
-                end.join(max(until - time.monotonic(), 0.0))
-            for child in set(multiprocessing.active_children()) - set(before) if may_live else ():
-                child.kill()  # and wait again, as else the pools complain at the interpreter's exit
+        def _kill(self, taken: list[Any]) -> bool:
+            with suppress(IndexError, AttributeError):  # it may have died at its start
+                taken.pop()[1].kill()
+            return True
+
+    return Processes(number, spawn)
 
 
 def _mask_of_signals(how: str, signals: Any) -> Any:

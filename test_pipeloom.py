@@ -18,6 +18,7 @@ rooms only, and to two helpers: Clock (the timer of a run) and impatient (the se
 import ast
 import dataclasses
 import faulthandler
+import gc
 import io
 import json
 import logging
@@ -35,7 +36,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
@@ -1975,7 +1976,7 @@ def test_a_task_that_hangs_does_not_hold_the_process_at_its_end(home):
 
 LEFT_BEHIND = """
 import asyncio, pipeloom, time
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 pipe = pipeloom.Pipeline("l.db")
 @pipe.task(timeout=0.3)
 def pool(ctx):
@@ -3784,7 +3785,7 @@ TYPED = """
 from __future__ import annotations
 
 import sqlite3
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeloom import MsgExecute, Pipeline, RunResult, Task, TaskContext, run_pipeline
@@ -5483,6 +5484,23 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
 
     cases = [(interrupted, signal.SIGINT, signal.SIGINT), (interrupted, signal.SIGKILL)]
     at_once(one, [(all_well,), (odd_ones,), *cases])
+
+
+@needs_posix
+def test_a_process_that_died_while_idle_is_replaced_and_a_late_deadline_kills_none():
+    with pipeloom._processes(1) as executor:
+        future = executor.submit(os.getpid)
+        pid = future.result(WAIT)
+        future.cancel()  # its deadline, which comes when it has ended
+        assert executor.submit(os.getpid).result(WAIT) == pid
+        os.kill(pid, signal.SIGKILL)
+        threading.Event().wait(0.5)
+        future = executor.submit(os.getpid)
+        with suppress(BrokenExecutor):  # it may not be known yet that the process has died
+            assert future.result(WAIT) != pid
+        assert executor.submit(os.getpid).result(WAIT) != pid
+    del executor, future
+    gc.collect()  # their files
 
 
 def test_processes_need_a_program_in_a_file_and_say_how_many_run(home):
