@@ -2677,12 +2677,17 @@ class _Attempt(TaskContext):
         if stop is not None:
             stop()
 
+    def disarm(self) -> None:
+        """No deadline ends it any more, unless one was first."""
+        with self.lock:
+            self.thread = None
+
     def may_retry(self) -> bool:
         return self.attempt <= self._terms.retries and self.run.stopping is None
 
     def record(self, error: BaseException) -> str:
         """Keep an exception, its traceback and its cause for the finish; returns its text."""
-        what, traceback, cause = error.args if isinstance(error, _RemoteError) else _told(error)
+        what, traceback, cause = error.args if isinstance(error, _ToldError) else _told(error)
         self.trouble = _Trouble(error, traceback, cause)
         return str(what)
 
@@ -3216,8 +3221,8 @@ async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException
         return None, error
 
 
-class _RemoteError(Exception):
-    """A task failed in a process of executor=; its arguments are what _told() said of it there."""
+class _ToldError(Exception):
+    """A task failed elsewhere, as in a process of executor=; its arguments are what _told() said there."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -3356,11 +3361,11 @@ class _Worker(_TaskThread):
         except RuntimeError as error:  # it is shut down, or broken for good
             told = f"the executor takes no more tasks: {error}"
             self._run.stop(f"not started: {told}")
-            raise _RemoteError(told, None, told) from None
+            raise _ToldError(told, None, told) from None
         done = _awaited(ctx, future)
         messages, value, told = loads(done) if packs else done
         if told is not None:
-            raise _RemoteError(*told)
+            raise _ToldError(*told)
         for message in messages:
             ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
         return value
@@ -3372,8 +3377,7 @@ class _Worker(_TaskThread):
             return self._call(ctx)
         finally:
             timer.call_off(deadline)
-            with ctx.lock:
-                ctx.thread = None  # unless the timer was first
+            ctx.disarm()
 
     def _fail(self, ctx: _Attempt, error: BaseException) -> None:
         if ctx.closed:
@@ -4614,12 +4618,213 @@ def demo_worker(task: Task, q: Any) -> None:
     q.put(MsgTaskFinished(task.task_id, DONE, _now(), result=f"ok:{task.name}", message="completed"))
 
 
+# ---- sh: shell commands as tasks; none of their processes outlives the run -----------------------------
+
+BLOCK = 2**16  # bytes: the most of a line that is read at once, and of the output that is stored
+KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
+
+_Command = namedtuple("_Command", "name item")  # the whole text of one, which is its task's name
+
+
+def _commands(template: str | None, items: Iterable[str]) -> Iterator[_Command]:
+    """A command for each item, which is quoted; without a template the items are commands."""
+    from shlex import quote
+    from subprocess import list2cmdline
+
+    parts = re.split(r"({{}}|{})", template or "")
+    if "{}" not in parts:
+        parts += [" ", "{}"]
+    for item in items:
+        word = quote(item) if os.name == "posix" else list2cmdline([item])
+        holes = {"{}": word, "{{}}": "{}"}
+        text = item if template is None else "".join(holes.get(part, part) for part in parts)
+        yield _Command(text, item)
+
+
+def _stdin_items(end: bytes) -> Iterator[str]:
+    """What stdin holds, as it comes; each item ends with a newline, or with NUL."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed; pass items as arguments, or one a line on stdin")
+    if sys.stdin.isatty():
+        _say("pipeloom: reading from the terminal, one item a line; end with Ctrl-D")
+    stdin: Any = sys.stdin.buffer
+    rest = b""
+    for block in iter(partial(stdin.read1, BLOCK), b""):
+        *items, rest = (rest + block).split(end)
+        yield from map(os.fsdecode, filter(None, items))
+    if rest:
+        yield os.fsdecode(rest)
+
+
+class _Shell:
+    """Runs the commands of `sh`, each in a process group of its own. Workers' threads enter it.
+
+    A process of ours, the keeper, is told which groups have begun and ended. It ends those that are cut off,
+    what a command leaves in the background, and all of them if this process is gone, even by SIGKILL.
+    """
+
+    def __init__(self, quiet: bool, tag: bool) -> None:
+        self._quiet, self._tag = quiet, tag
+        self._printing = threading.Lock()  # held while the output of one command is copied
+        self._telling = threading.Lock()  # guards the keeper's stdin
+        self._busy: dict[int, threading.Thread] = {}  # by task_id; some may be of attempts that were cut off
+
+    def __enter__(self) -> Any:
+        from inspect import getsource
+        from subprocess import DEVNULL, PIPE, Popen
+
+        program = f"{getsource(_keep)}\n_keep({KILL_AFTER})"
+        self._keeper: Any = Popen(
+            [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
+            start_new_session=True,  # else Ctrl-C would end it
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._telling:
+            self._keeper.stdin.close()  # it ends what is left, and then itself
+        self._keeper.wait()
+        until = time.monotonic() + GRACE
+        for thread in list(self._busy.values()):  # prints what its command has written
+            thread.join(max(until - time.monotonic(), 0.0))
+
+    def run(self, command: _Command, ctx: _Attempt) -> str:
+        """The function of the tasks: run a command; returns the last of what that wrote to stdout."""
+        from tempfile import TemporaryFile
+
+        if ctx.task_id in self._busy:
+            self._busy[ctx.task_id].join(GRACE)  # the attempt before timed out, and is being ended
+            ctx.check()
+        self._busy[ctx.task_id] = threading.current_thread()
+        try:
+            with TemporaryFile() as out, TemporaryFile() as err:
+                code = self._wait(command, ctx, out, err)
+                self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
+                if code == 0:
+                    return _end_of(out)
+                how = f"exit {code}" if code > 0 else signal.Signals(-code).name
+                last = _end_of(err).rpartition("\n")[2].strip()
+                raise _ToldError(f"{how}: {last}" if last else how, None, how)
+        finally:
+            self._busy.pop(ctx.task_id, None)
+
+    def _wait(self, command: _Command, ctx: _Attempt, out: Any, err: Any) -> int:
+        from subprocess import DEVNULL, Popen
+
+        options: Any = {"shell": True, "start_new_session": True, "close_fds": False}  # which saves a tenth
+        with Popen(command.name, stdin=DEVNULL, stdout=out, stderr=err, **options) as process:
+            if not self._tell("begun", process.pid):
+                process.kill()
+            ctx.on_cancel = partial(self._tell, "cut", process.pid)
+            if ctx.cancelled:
+                ctx.on_cancel()
+            process.wait()  # until the keeper ends it, at the latest
+            self._tell("ended", process.pid)
+        ctx.disarm()  # who reads the output may be slow
+        return int(process.returncode)
+
+    def _tell(self, event: str, pid: int) -> bool:
+        """Tell the keeper; False if it is gone: the run has ended, or somebody has killed it."""
+        with self._telling, suppress(OSError, ValueError):
+            return bool(os.write(self._keeper.stdin.fileno(), f"{event} {pid}\n".encode()))
+        return False
+
+    def _print(self, command: _Command, out: Any, err: Any) -> None:
+        files = [(file, stream) for file, stream in ((out, sys.stdout), (err, sys.stderr)) if file and stream]
+        if self._quiet or not any(os.fstat(file.fileno()).st_size for file, _ in files):
+            return
+        tag = os.fsencode(f"{command.item}\t") if self._tag else b""
+        with self._printing:
+            for file, stream in files:
+                try:
+                    _copy(file, stream, tag)
+                except BrokenPipeError:
+                    self._quiet = True  # `| head` has seen enough
+                except OSError as error:
+                    told = f"cannot write its output: {error.strerror}"
+                    raise _ToldError(told, None, told) from None
+
+
+def _copy(file: Any, stream: Any, tag: bytes) -> None:
+    """Write what a file holds to a stream of ours, each line with its tag."""
+
+    def lines() -> Iterator[bytes]:
+        begins = True
+        for piece in iter(partial(file.readline, BLOCK), b""):
+            yield tag + piece if begins else piece
+            begins = piece.endswith(b"\n")
+
+    file.seek(0)
+    if _is_terminal(stream):
+        for line in lines():  # whole ones, which come above the bars
+            stream.write(line.decode(errors="backslashreplace").rstrip("\n") + "\n")
+    else:
+        with open(os.dup(stream.fileno()), "wb") as sink:  # as they are: they may be no text
+            sink.writelines(lines())
+
+
+def _end_of(file: Any) -> str:
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(size - BLOCK, 0))
+    return str(file.read().decode(errors="backslashreplace").rstrip("\n")) if size else ""
+
+
+def _keep(patience: float) -> None:
+    """The program of the keeper, which has nothing else of this file."""
+    import os
+    import subprocess
+    import sys
+    import threading
+    import time
+
+    def send(pid: int, number: int) -> bool:
+        try:
+            if os.name == "posix":
+                os.killpg(pid, number)
+                return True
+            return number == 15 and not subprocess.call(["taskkill", "/F", "/T", "/PID", str(pid)])
+        except OSError:
+            return False
+
+    def end(groups: set) -> None:  # type: ignore[type-arg]
+        until = time.monotonic() + patience
+        while groups and time.monotonic() < until:
+            time.sleep(0.02)
+            groups = {pid for pid in groups if send(pid, 0)}
+        for pid in groups:
+            send(pid, 9)
+
+    live = set()
+    for line in sys.stdin:
+        event, pid = line.split()[0], int(line.split()[1])
+        if event == "begun":
+            live.add(pid)
+        elif pid in live:
+            live.discard(pid)
+            if (event == "cut" or os.name == "posix") and send(pid, 15):
+                threading.Thread(target=end, args=[{pid}]).start()
+    end({pid for pid in live if send(pid, 15)})
+
+
 # ---- Command line: data to stdout, everything else to stderr -------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 75 in use, 130 Ctrl-C."""
-    return _execute(_parser(), argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if not argv:
+        parser.error(f"expected a command; to see it work: {parser.prog} demo")
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(argv[0], COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {argv[0]!r}: {hint}")
+    return _execute(parser, argv)
+
+
+COMMANDS = ("demo", "run", "sh", "status", "init-db")
 
 
 def _execute(parser: Any, argv: list[str] | None) -> int:
@@ -4729,7 +4934,8 @@ def _show_stacks(*_: Any) -> None:
         os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
-def _new_parser(prog: str, description: str) -> Any:
+def _new_parser(prog: str, usage: str, text: str, *examples: str, of: Any = None, **more: Any) -> Any:
+    """A parser, or one `of` a parser's commands. Its help fits a screen and ends with examples."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -4737,48 +4943,89 @@ def _new_parser(prog: str, description: str) -> Any:
             _say(f"pipeloom: {message}; see {self.prog} --help")
             self.exit(2)
 
-    return Parser(prog=prog, description=description)
+        def format_help(self) -> str:
+            head, _, examples = super().format_help().partition("\n\nexample: ")
+            return head.replace("\n\n", "\n") + f"\n\nexample: {examples}"
+
+    if of is not None:
+        more["help"] = text.partition("\n")[0]
+    parser = (of.add_parser if of else Parser)(
+        prog=prog,
+        add_help=False,  # it has a line of its own in every help
+        usage=f"{prog} {usage}",
+        description=text,
+        epilog="\n".join(f"example: {prog} {example}".rstrip() for example in examples),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
+        **more,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    return parser
 
 
 def _parser() -> Any:
-    text = "Run many tasks at once, store what they produce in one SQLite file, watch them live."
-    parser = _new_parser(f"python -m {__name__}", text)
+    from argparse import SUPPRESS
+
+    me = " ".join(_this_program())
+    text = "Run many tasks at once, store what they produce in SQLite, watch them live."
+    parser = _new_parser(me, "COMMAND ...", text, "demo", "status wal_demo.db")
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable[[Any], int], text: str, db: Any = "./pipeloom.db") -> Any:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(function: Any, usage: str, text: str, *examples: str, db: Any = "./pipeloom.db") -> Any:
+        name = function.__name__[len("_cmd_") :].replace("_", "-")
+        sub = _new_parser(f"{me} {name}", usage, text, *examples, of=commands, name=name)
         sub.set_defaults(command=function)
         default = db or "the one in the program"
         sub.add_argument("--db", default=db, metavar="FILE", help=f"the database (default: {default})")
         return sub.add_argument
 
-    add = command("demo", _cmd_demo, "Run tasks that only sleep, to see it work.", "./wal_demo.db")
+    text = "Run tasks that only sleep, to see it work."
+    add = command(_cmd_demo, "[options]", text, "-n 50 -w 10", "--fail 2", db="./wal_demo.db")
     add("-n", "--num-tasks", type=_number_from(1), default=20, metavar="N", help="how many (default: 20)")
     add("--no-wal", action="store_true", help="use SQLite's rollback journal")
     add("--fail", type=_number_from(0), default=0, metavar="N", help="make N tasks fail")
     _add_common_options(add)
-    add = command("run", _cmd_run, "Run your pipeline, function or file.", None)
-    target = "package.module:name, file.py:name, or file.py (its main, or its Pipeline)"
-    add("target", metavar="TARGET", help=target)
-    add("--arg", action="append", default=[], metavar="KEY=VALUE", help="pass to the function (repeatable)")
+    examples = "job.py --resume", "job.py:load --arg folder=incoming"
+    add = command(_cmd_run, "[options] TARGET", RUN_HELP, *examples, db=None)
+    add("target", metavar="TARGET", help=SUPPRESS)
+    add("--arg", action="append", default=[], metavar="KEY=VALUE", help="for the function; may be repeated")
     _add_run_options(add)
-    add = command("status", _cmd_status, "Show what runs, what failed and what is done, also during a run.")
-    add("names", nargs="*", metavar="NAME", help="all about a task; first perhaps the database FILE")
-    text = "how many tasks of each kind (default: what fits the terminal, or 20)"
-    add("-n", "--limit", type=_number_from(1), metavar="N", help=text)
+    _add_processes(add)
+    examples = "-w 8 --resume 'gzip -k {}' *.log", "--retries 2 --timeout 60 < commands.txt"
+    add = command(_cmd_sh, "[options] [COMMAND [ITEM...]]", SH_HELP, *examples)
+    add("template", nargs="?", help=SUPPRESS)
+    add("items", nargs="*", help=SUPPRESS)
+    add("-0", "--null", action="store_true", help="items on stdin end with NUL: find -print0")
+    add("--tag", action="store_true", help="print the item before each line of output")
+    add("--quiet-output", action="store_true", help="print no output of the commands")
+    _add_run_options(add)  # but no --processes: each command is one
+    text = "Show what runs, what failed and what is done, also during a run."
+    examples = "sales.db --watch", "report --db sales.db"
+    add = command(_cmd_status, "[options] [FILE] [NAME...]", text, *examples)
+    add("names", nargs="*", metavar="NAME", help="all about this task; FILE is the database")
+    add("-n", "--limit", type=_number_from(1), metavar="N", help="how many of each kind (default: what fits)")
     add("--failed", action="store_true", help="only tasks that failed or were cancelled")
     add("--watch", action="store_true", help="keep it up to date until the run ends")
     add("--json", action="store_true", help="as JSON")
-    command("init-db", _cmd_init_db, "Create the tables, or complete those of an older pipeloom.")
+    text = "Create the tables, or complete those of an older pipeloom."
+    command(_cmd_init_db, "[--db FILE]", text, "", "--db sales.db")
     return parser
 
 
+RUN_HELP = """Run your pipeline, function or file.
+TARGET is package.module:name, file.py:name, or file.py (its main or Pipeline)."""
+SH_HELP = """Run a shell command for each item: xargs with a memory.
+{} is the item, quoted; without it the item comes last. Without ITEM, each line
+of stdin is one. Without COMMAND, each line of stdin is a whole command."""
+
+
 def _pipeline_parser(pipe: Pipeline) -> Any:
-    parser = _new_parser(os.path.basename(sys.argv[0]) or "pipeline", "Run the tasks of this pipeline.")
+    me = " ".join(_this_program())
+    parser = _new_parser(me, "[options]", "Run the tasks of this pipeline.", "--resume", "--dry-run")
     parser.add_argument("--db", metavar="FILE", help=f"the database (default: {pipe.db_path})")
     parser.set_defaults(command=lambda args: _Session(args).call(pipe.run))
     _add_run_options(parser.add_argument)
+    _add_processes(parser.add_argument)
     return parser
 
 
@@ -4786,11 +5033,14 @@ def _add_run_options(add: Callable[..., Any]) -> None:
     add("--retries", type=_number_from(0), metavar="N", help="retry a failed task up to N times")
     add("--timeout", type=float, metavar="SECONDS", help="time limit for one attempt")
     add("--fail-fast", action="store_true", default=None, help="start no more tasks after the first failure")
-    add("--processes", type=_number_from(1), metavar="N", help="run N tasks at once, each in a process")
     add("--durable", action="store_true", default=None, help="make each commit survive a power loss")
     add("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
     add("--dry-run", action="store_true", help="print the names of the tasks and run none")
     _add_common_options(add)
+
+
+def _add_processes(add: Callable[..., Any]) -> None:
+    add("--processes", type=_number_from(1), metavar="N", help="run N tasks at once, each in a process")
 
 
 def _add_common_options(add: Callable[..., Any]) -> None:
@@ -5059,8 +5309,8 @@ def _begin_process() -> None:
     threading.Thread(target=follow, name="pipeloom-parent", daemon=True).start()
 
 
-def _command_to_resume(argv: list[str]) -> str:
-    from shlex import join
+def _this_program() -> list[str]:
+    """The words that call it."""
     from shutil import which
 
     program, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
@@ -5070,11 +5320,18 @@ def _command_to_resume(argv: list[str]) -> str:
         command[1:] = ["-m", spec.name]
     elif os.access(program, os.X_OK) and not program.endswith(".py") and not os.path.isdir(program):
         del command[0]  # a script that finds its Python by itself
-    at = 1 if argv[:1] in (["run"], ["demo"]) else 0
+    return command
+
+
+def _command_to_resume(argv: list[str]) -> str:
+    from shlex import join
+
+    at = 1 if argv[:1] in (["run"], ["demo"], ["sh"]) else 0
     again = [n for n, word in enumerate(argv) if word == "--redo"]  # what was done by that is done
     argv = [w for n, w in enumerate(argv) if not {n, n - 1} & {*again} and not w.startswith("--redo=")]
     folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
-    return folder + join([*command, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]])
+    command = join([*_this_program(), *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]])
+    return folder + command if len(command) < 1_000 else "the same command with --resume"  # of many items
 
 
 def _planned(after: dict[_Declared, list[_Declared]], path: str, options: Any) -> Iterator[str]:
@@ -5136,6 +5393,15 @@ def _summary(path: str, result: RunResult) -> str:
     if causes[10:]:
         lines.append(f"  and {len(causes) - 10:,} more causes")
     return "\n".join(lines)
+
+
+def _cmd_sh(args: Any) -> int:
+    items = args.items or _stdin_items(b"\0" if args.null else b"\n")
+    commands: Any = _commands(args.template, items)
+    if args.items:
+        commands = list(commands)  # their number is known
+    with _Shell(args.quiet_output, args.tag) as shell:
+        return _Session(args).call(lambda: run_pipeline(commands, args.db, worker_fn=shell.run))
 
 
 def _cmd_status(args: Any) -> int:

@@ -26,6 +26,7 @@ import os
 import pickle
 import queue
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -40,7 +41,8 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
-from itertools import count
+from functools import partial
+from itertools import count, groupby
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -3173,8 +3175,8 @@ def test_wrong_use_is_one_clear_error_and_nothing_is_written(bad_folder, call, e
 
 
 BAD_COMMANDS = [
-    ([], "required: COMMAND"),
-    (["dance"], "invalid choice: 'dance'"),
+    ([], "to see it work"),
+    (["dance"], "no command 'dance': expected demo, run"),
     (["demo", "-n", "0"], "--num-tasks: '0': expected a whole number from 1"),
     (["demo", "-n", "-3"], "'-3': expected a whole number from 1"),
     (["demo", "-w", "0"], "--workers: '0': expected a whole number from 1"),
@@ -6057,6 +6059,260 @@ def test_a_summary_says_how_many_causes_it_leaves_out(home):
     )
     done = python("c.py", cwd=home, code=1)
     assert "13 failed, 13 causes:" in done.stderr and "\n  and 3 more causes\n" in done.stderr
+
+
+# ---- 4.9 sh --------------------------------------------------------------------------------------------
+
+
+def sh(home, *arguments, given="", code=0, env=None):
+    """`pipeloom.py sh` in a folder; returns what it wrote to stdout and to stderr, as bytes if it was given bytes."""
+    done = subprocess.run(
+        [sys.executable, "pipeloom.py", "sh", *map(str, arguments)],
+        cwd=str(home), env={**os.environ, "PYTHONPATH": "", **(env or {})}, timeout=60, input=given,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=isinstance(given, str),
+    )  # fmt: skip
+    assert done.returncode == code, (done.stdout, done.stderr)
+    return done.stdout, done.stderr
+
+
+def commands_in(home, db="pipeloom.db"):
+    return dict(rows(home / db, "SELECT name, status FROM task_runs"))
+
+
+@contextmanager
+def sh_begun(home, *arguments, **options):
+    """A `pipeloom.py sh` whose commands write their process ids; at the end, all of these have ended."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "universal_newlines": True, **options}
+    process = subprocess.Popen(
+        [sys.executable, "pipeloom.py", "sh", *arguments], cwd=str(home), start_new_session=True, **options
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=WAIT)
+    for file in home.glob("*.pid"):
+        wait_for(lambda file=file: not is_alive(int(file.read_text())))
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # nobody may have fetched the exit code of what has lost its parent
+
+
+@pytest.mark.parametrize(
+    "arguments, given, expected",
+    [
+        (["-w", "1", "--", "echo 1 {}", "a b", "it's", "$HOME", "", "-n"], "", "1 a b\n1 it's\n1 $HOME\n1 \n1 -n\n"),
+        (["-w", "1", "echo 2", "a  b", "*"], "", "2 a  b\n2 *\n"),
+        (["-w", "1", "echo {} {{}} {}", "a;b"], "", "a;b {} a;b\n"),
+        (["-w", "1", "echo 3"], "a b\n\n'c\nlast", "3 a b\n3 'c\n3 last\n"),
+        (["-w", "1", "-0", "echo 4 {}"], "a\nb\0c\0", "4 a\nb\n4 c\n"),
+        (["-w", "1"], "echo 5; echo {}\nprintf 6 | tr 6 7\n", "5\n{}\n7"),
+        (["-w", "1", "--tag", "printf 'x\\ny'"], "a b\n", "a b\tx\na b\ty"),
+        (["--quiet-output", "echo; echo >&2"], "a\n", ""),
+        (["-q", "--", "echo {}", "--", "-x"], "", "-- -x\n"[3:]),
+    ],
+)
+@needs_posix
+def test_sh_runs_a_command_for_each_item(home, arguments, given, expected):
+    out, err = sh(home, *arguments, given=given)
+    assert out == expected
+    assert ("done in" in err) == ("-q" not in arguments)
+
+
+@needs_posix
+@given(st.lists(st.text(st.characters(blacklist_characters="\0"), max_size=9), max_size=4), st.sampled_from(["x {}", "x"]))
+def test_sh_quotes_each_item(items, template):
+    commands = list(pipeloom._commands(template, items))
+    assert [shlex.split(command.name) for command in commands] == [["x", item] for item in items]
+
+
+@needs_linux
+def test_sh_takes_items_that_are_no_text(home):
+    name = b"\xff\xe4.txt"
+    (Path(os.fsdecode(os.fsencode(home))) / os.fsdecode(name)).write_bytes(b"\xfe\x00")
+    out, _ = sh(home, "--tag", "cat {}", given=name + b"\n")
+    assert out == name + b"\t\xfe\x00"
+    assert commands_in(home) == {"cat '\\udcff\\udce4.txt'": "done"}
+
+
+@needs_posix
+def test_sh_resumes_by_the_text_of_the_commands_wherever_they_stand(home):
+    (home / "two").write_text("")
+    out, err = sh(home, "-w", "1", "cat {} && echo {}", "one", "two", code=1)
+    assert out == "two\n" and "pipeloom.py sh --resume -w 1 'cat {} && echo {}' one two" in err
+    for name in ("one", "three"):
+        (home / name).write_text("")
+    assert sh(home, "--resume", "--dry-run", "cat {} && echo {}", "three", "two", "one")[0] == "cat three && echo three\ncat one && echo one\n"
+    out, err = sh(home, "-w", "1", "--resume", "cat {} && echo {}", "three", "two", "one")
+    assert out == "three\none\n" and "2 done, 1 skipped" in err
+    out, _ = sh(home, "--resume", "--redo", "cat two && echo two", "cat {} && echo {}", given="one\ntwo\n")
+    assert out == "two\n"
+    assert set(commands_in(home).values()) == {"done"}
+
+
+@needs_posix
+def test_sh_says_why_a_command_failed_and_keeps_the_end_of_its_output(home):
+    long = "echo begin; head -c 70000 /dev/zero | tr '\\0' x; echo end"
+    commands = ["echo oh >&2; echo no >&2; echo >&2; exit 3", "exit 4", "kill -9 $$", "no-such-command", long]
+    out, err = sh(home, "-w", "1", given="\n".join(commands), code=1)
+    found = rows(home / "pipeloom.db", "SELECT message, result FROM task_runs ORDER BY id")
+    assert [message for message, _ in found[:3]] == ["exit 3: no", "exit 4", "SIGKILL"]
+    assert re.fullmatch("exit 127: .*not found", found[3][0])
+    assert found[4][1] == "x" * (2**16 - 4) + "end"
+    assert out.endswith("end\n") and len(out) == 70_010
+    assert "oh\nno\n" in err and "4 failed, 4 causes" in err and "  exit 4: exit 4\n" in err
+    out, err = sh(home, "echo said; exit 1", *range(20), code=1)
+    assert out == "said\n" * 20 and "20 failed, 1 cause" in err
+    assert "the same command with --resume" in sh(home, "false", *range(300), code=1)[1].splitlines()[-1]
+
+
+@needs_posix
+def test_sh_prints_only_the_last_of_several_attempts(home):
+    command = "echo {} >&2; echo {}; test -e again || { touch again; exit 1; }"
+    out, err = sh(home, "--retries", "2", "-w", "1", command, "x", env={"PYTHONPATH": ""})
+    assert out == "x\n" and err.count("x\n") == 2
+
+
+@needs_posix
+def test_sh_never_mixes_the_output_of_two_commands(home):
+    command = "for i in 1 2 3 4 5 6 7 8 9; do echo {} $i; echo {} $i >&2; sleep 0.01; done"
+    out, err = sh(home, "-w", "8", "-q", command, *range(24))
+    for text in (out, err):
+        blocks = [list(lines) for _, lines in groupby(text.splitlines(), lambda line: line.split()[0])]
+        assert len(blocks) == 24 and all(len(block) == 9 for block in blocks)
+
+
+@needs_linux
+def test_sh_copies_output_that_is_larger_than_its_memory(home):
+    limits = "import resource, sys, os; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = ["pipeloom.py", "sh", "head -c {} /dev/zero", "600000000"]
+    with subprocess.Popen([sys.executable, "-c", limits, *command], cwd=str(home), stdout=subprocess.PIPE) as process:
+        size = sum(map(len, iter(partial(process.stdout.read, 1 << 20), b"")))
+    assert (process.returncode, size) == (0, 600_000_000)
+
+
+@needs_linux
+def test_sh_fails_a_command_whose_output_cannot_be_written_and_goes_on_where_nobody_reads_it(home):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "pipeloom.py", "sh", "-w", "1", "echo {}; touch {}.done", "a", "b"],
+            cwd=str(home), stdout=full, stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1 and "2 failed, 1 cause" in done.stderr
+    assert "cannot write its output: No space left on device" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        subprocess.run(
+            [sys.executable, "pipeloom.py", "sh", "--resume", "-w", "1", "echo {}; touch {}.done", "a", "b", "c"],
+            cwd=str(home), stdout=nobody, check=True, timeout=60,
+        )  # fmt: skip
+    assert set(commands_in(home).values()) == {"done"} and (home / "c.done").exists()
+
+
+@needs_posix
+def test_sh_reads_stdin_as_it_comes_and_says_so_where_there_is_none(home):
+    process = subprocess.Popen(
+        [sys.executable, "pipeloom.py", "sh", "-q", "echo {}"],
+        cwd=str(home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+    )  # fmt: skip
+    with process:
+        for item in (b"first\n", b"second\n"):
+            process.stdin.write(item)
+            assert process.stdout.readline() == item
+        process.stdin.close()
+    assert process.returncode == 0
+    done = subprocess.run(
+        f"{sys.executable} pipeloom.py sh 'echo {{}}' <&-", shell=True, cwd=str(home),
+        stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, "stdin is closed; pass items" in done.stderr) == (2, True), done.stderr
+    assert "0 done in" in sh(home, "echo {}")[1]
+
+
+LEAVES = "echo $$ > {}.pid; (trap '' TERM; sh -c 'echo $$ > {}-child.pid; sleep 60; sleep 60') & "
+
+
+@needs_linux
+@pytest.mark.parametrize("ending", ["ends", "time-out", "Ctrl-C", "SIGTERM", "SIGKILL"])
+def test_no_process_of_sh_outlives_the_run(home, ending):
+    """Not even one in the background that ignores SIGTERM."""
+    command = LEAVES + ("sleep 0.3" if ending == "ends" else "echo waits; wait; sleep 60")
+    options = ["--timeout", "0.5"] if ending == "time-out" else []
+    with sh_begun(home, *options, "-w", "2", command, "a", "b") as process:
+        wait_for(lambda: len([file for file in home.glob("*-child.pid") if file.read_text()]) == 2)
+        if ending == "SIGKILL":
+            process.kill()
+        elif ending in ("Ctrl-C", "SIGTERM"):
+            number = signal.SIGINT if ending == "Ctrl-C" else signal.SIGTERM
+            process.send_signal(number)
+            threading.Event().wait(0.3)  # no signal counts twice if the first is still to be delivered
+            process.send_signal(number)
+        out, err = process.communicate(timeout=WAIT)
+    codes = {"ends": 0, "time-out": 1, "Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -9}
+    assert process.returncode == codes[ending], err
+    if ending == "time-out":
+        assert out == "waits\n" * 2 and "2 failed, 1 cause" in err and "timed out after 0.5 s" in err
+    if ending in ("Ctrl-C", "SIGTERM"):
+        assert "2 cancelled" in err
+
+
+@needs_linux
+def test_sh_tries_again_only_when_nothing_is_left_of_the_attempt_before(home):
+    command = "trap '' TERM; test -e {} && touch both; touch {}; sleep 2; rm {}; sleep 9"
+    with sh_begun(home, "--timeout", "0.3", "--retries", "1", command, "a") as process:
+        _, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 1 and not (home / "both").exists(), err
+
+
+@needs_posix
+def test_what_a_command_of_sh_prints_comes_above_the_bars(home):
+    code, text = on_terminal(
+        ["pipeloom.py", "sh"], ["--progress", "ansi", "-w", "2", "sleep 0.3; printf 'out {}\\nhalf'; echo err >&2", *"1234"], home
+    )
+    assert code == 0, text
+    lines = screen(text)
+    assert [line for line in lines if line.startswith("out")] and lines.count("half") == lines.count("err") == 4
+    assert lines[-1].startswith("4 done in") and "All tasks" in text
+
+
+def test_the_help_of_each_command_fits_a_screen_and_ends_with_two_examples(home):
+    for command in ("", *pipeloom.COMMANDS):
+        said = python("pipeloom.py", *command.split(), "--help", cwd=home, code=0, env={"COLUMNS": "80"}).stdout
+        lines = said.splitlines()
+        assert len(lines) <= 24 and max(map(len, lines)) < 80, said
+        assert all(line.startswith("example: ") for line in lines[-2:]) and "pipeloom.py" in lines[-1]
+
+
+@needs_posix
+def test_the_examples_of_the_help_work(homes):
+    def one(command, number):
+        home = homes()
+        (home / "incoming").mkdir()
+        (home / "commands.txt").write_text("true\n")
+        (home / "a.log").write_text("x")
+        program = THREE_TASKS.replace('"t.db"', '"sales.db"') + "def load(folder): print(folder)\n"
+        (home / "job.py").write_text(program)
+        run = partial(subprocess.run, shell=True, cwd=str(home), stdout=subprocess.PIPE, timeout=60)
+        if command in ("status", ""):
+            run(f"{sys.executable} job.py; {sys.executable} pipeloom.py init-db --db wal_demo.db", check=True)
+        said = python("pipeloom.py", *command.split(), "--help", cwd=home, code=0).stdout
+        example = re.findall("^example: (.*)", said, re.M)[number].replace("report --db", "'work[1]' --db")
+        assert run(example).returncode == ("--fail" in example), example
+        assert (home / "a.log.gz").exists() == ("gzip" in example)
+
+    at_once(one, [(command, number) for command in ("", *pipeloom.COMMANDS) for number in (0, 1)])
+
+
+@pytest.mark.parametrize("typed, meant", [("staus", "status"), ("dmeo", "demo"), ("init", "init-db"), ("shell", "sh")])
+def test_a_mistyped_command_suggests_the_right_one(capsys, typed, meant):
+    assert cli(typed) == 2
+    assert f"no command {typed!r}: did you mean {meant!r}?" in capsys.readouterr().err
 
 
 # ---- Room: channel -------------------------------------------------------------------------------------
