@@ -709,9 +709,8 @@ class Channel:
         self._queue: Any = queue.SimpleQueue() if source is None else source
         self._bare = source is not None
         self._limit = limit
-        self._rows = 0  # in the messages, which count as well: what waits here stays small
-        self._lock = threading.Lock()  # guards `_rows`
-        self._room = threading.Condition(self._lock)
+        self._rows = 0  # in the messages, which count as well: what waits here stays small; no lock, a guess
+        self._room = threading.Condition(threading.Lock())
         self._unsettled = 0  # taken from a plain queue, and not committed yet
         self._ended = False
         self.failure: BaseException | None = None
@@ -730,9 +729,8 @@ class Channel:
                     self._room.wait(0.5)
         if self.failure is not None:
             raise self.failure
-        if rows:
-            with self._lock:
-                self._rows += rows  # before they come; too many, if the sender is closed: see _is_full
+        if rows > 1:
+            self._rows += rows  # before they come; too many, if the sender is closed: see _is_full
         if sender is None:
             self._queue.put((None, message))
             return True
@@ -754,8 +752,7 @@ class Channel:
             self._queue.task_done()
         if self._ended or self.failure is not None:
             return None
-        with self._room:
-            self._rows = 0
+        self._rows = 0
         items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
         self._unsettled = len(items) if hasattr(self._queue, "task_done") else 0
         with self._room:
@@ -799,6 +796,7 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
 STARTED = object()  # an attempt's word that it has started, at its started_at
+STATUS = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished)  # these touch no table of the user's
 PROGRESS = object()  # and that it has news: only the newest counts, and the context keeps it
 
 
@@ -1282,37 +1280,43 @@ class SQLiteWriter(threading.Thread):
 
     def _apply_all(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         self.status.forget(self.shows)
-        for sender, message in batch:  # the users' own rows now, task rows in memory
-            try:
-                self._apply(sender, message)
-            except BaseException as error:  # a handler's SystemExit too
-                if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
-                    raise
-                raise _BadMessage(error) from None
+        joined = _Joined(self.conn, len(batch))
+        try:
+            for sender, message in batch:  # the users' own rows now, task rows in memory
+                self._apply(sender, message, joined)
+            joined.insert()
+        except BaseException as error:  # a handler's SystemExit too
+            if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
+                raise
+            raise _BadMessage(error) from None
         self.status.write()
 
-    def _apply(self, sender: _Attempt | None, message: Any) -> None:
+    def _apply(self, sender: _Attempt | None, message: Any, joined: _Joined) -> None:
         self.status.sender = sender
         if sender is None:
-            check = CHECKS.get(type(message))
-            self._hand_over(message if check is None else check(message))  # a plain queue has checked nothing
+            check = CHECKS.get(type(message))  # a plain queue has checked nothing
+            self._hand_over(message if check is None else check(message), joined)
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
         elif message is STARTED and not self.shows:  # nobody needs a message
             self.status.begin(sender)
         elif message is STARTED:
-            self._hand_over(MsgTaskStarted(sender.task_id, sender.name, sender.started_at))
+            self.status.started(MsgTaskStarted(sender.task_id, sender.name, sender.started_at))
         elif message is PROGRESS:
             sender.has_news = False
-            self._hand_over(sender.news)
+            self.status.progressed(sender.news)
         else:
             if type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
                 for held in sender.held:
-                    self._hand_over(held)
-            self._hand_over(message)
+                    self._hand_over(held, joined)
+            self._hand_over(message, joined)
 
-    def _hand_over(self, message: Any) -> None:
+    def _hand_over(self, message: Any, joined: _Joined) -> None:
         kind = type(message)
+        if kind is _Statement and joined.take(self.status.sender, message):
+            return
+        if kind not in STATUS:  # what it does may depend on the rows before it
+            joined.insert()
         try:
             if kind is _Statement:
                 _run_statement(self.conn, message)
@@ -1364,7 +1368,7 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
     head, values, tail, width = _insert_parts(m.sql)
     rows, start = m.params if m.many else [m.params], 0
     size, left = max(1, VARIABLES // (width or 1)), iter(rows)
-    joins = m.many and width and set(map(type, rows)) == {tuple} and set(map(len, rows)) == {width}
+    joins = m.many and _are_plain(rows, width)
     try:
         if joins:
             for start in range(0, len(rows), size):
@@ -1383,6 +1387,46 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
             number = 1 + next(bad, start)
         error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
         raise
+
+
+def _are_plain(rows: list[Any], width: int) -> bool:
+    """Whether rows may be the VALUES of one statement."""
+    if len(rows) == 1:
+        return type(rows[0]) is tuple and len(rows[0]) == width > 0
+    return width > 0 and set(map(type, rows)) == {tuple} and set(map(len, rows)) == {width}
+
+
+class _Joined:
+    """The rows that the tasks of a batch send with the same statements, each of which is run once.
+
+    A task's own rows stay in their order, and so does all else that is stored: only plain INSERTs of
+    different tasks change places. One that fails is found when its message is alone, and nothing is joined.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, messages: int) -> None:
+        self._conn = conn
+        self._joins = messages > 1
+        self._groups: list[tuple[str, list[Any]]] = []  # statements in their order, and all rows of each
+        self._newest: dict[str, int] = {}  # the last group of each statement
+        self._last: dict[_Attempt | None, int] = {}  # the last group of each task
+
+    def take(self, sender: _Attempt | None, m: _Statement) -> bool:
+        """Whether its rows are taken, for a group that is not before the task's last."""
+        if not (self._joins and m.many and _are_plain(m.params, _insert_parts(m.sql)[3])):
+            return False
+        at = self._newest.get(m.sql, -1)
+        if at < self._last.get(sender, 0):
+            at = self._newest[m.sql] = len(self._groups)
+            self._groups.append((m.sql, []))
+        self._last[sender] = at
+        self._groups[at][1].extend(m.params)
+        return True
+
+    def insert(self) -> None:
+        """Run them: whatever comes next may depend on them."""
+        for sql, rows in self._groups:
+            _insert(self._conn, *_insert_parts(sql), rows)
+        self._groups, self._newest, self._last = [], {}, {}
 
 
 def _fails(conn: sqlite3.Connection, sql: str, row: Any) -> bool:
@@ -2415,7 +2459,7 @@ class TaskContext:
             self.note(message)
         elif kind is MsgTaskFinished and self.owns(message):
             self.finish(message)
-        elif kind in (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished):
+        elif kind in STATUS:
             self.pass_on(message)
         elif kind is MsgExecute:
             rows = len(message.params) if message.many else 1
@@ -2535,7 +2579,8 @@ class TaskContext:
     def deliver(self, sent: _Sent | _Statement) -> None:
         """Keep what is to be stored if the task is done."""
         with self.lock:
-            self._refuse_if_closed(sent)
+            if self.closed or self.reason is not None:
+                self._refuse_if_closed(sent)
             self.held.append(sent)
             before, self._held_rows = self._held_rows, self._held_rows + sent.rows
         if before < MANY_ROWS <= before + sent.rows:
@@ -2555,8 +2600,10 @@ class TaskContext:
         self._send(_Statement(sql, rows, True, len(rows), _place()))
 
     def _new_group(self, sql: str) -> tuple[Any, list[Any], Any, int]:
-        self.flush()
-        self._refuse_if_closed()
+        if self._group is not _NO_GROUP:
+            self.flush()
+        if self.closed or self.reason is not None:
+            self._refuse_if_closed()
         _check_sql(sql)
         self._group = (sql, [], _place(), self._terms.limit)
         return self._group
@@ -4445,7 +4492,8 @@ def read_status(
     if not os.path.isfile(path):
         raise DatabaseError(path, "does not exist", "pass the database of a run with --db")
     side_files = [os.path.realpath(path) + end for end in ("-wal", "-journal")]
-    idle, held = not any(map(os.path.exists, side_files)), _RunLock.is_held(path)
+    held = _RunLock.is_held(path)
+    idle = not (held or any(map(os.path.exists, side_files)))
     try:
         with _connect_readonly(path, idle=idle) as conn:
             status = {"database": path, **_query_status(conn, limit, failed, names)}
@@ -5323,14 +5371,17 @@ def _this_program() -> list[str]:
     return command
 
 
-def _command_to_resume(argv: list[str]) -> str:
+def _command_to_resume(given: list[str]) -> str:
+    """The command line again; its first words may be the program's own, which main(argv) did not get."""
     from shlex import join
 
-    at = 1 if argv[:1] in (["run"], ["demo"], ["sh"]) else 0
-    again = [n for n, word in enumerate(argv) if word == "--redo"]  # what was done by that is done
-    argv = [w for n, w in enumerate(argv) if not {n, n - 1} & {*again} and not w.startswith("--redo=")]
+    at = 1 if given[:1] in (["run"], ["demo"], ["sh"]) else 0
+    redo = [n for n, word in enumerate(given) if word == "--redo"]  # what was done by that is done
+    argv = [w for n, w in enumerate(given) if not {n, n - 1} & {*redo} and not w.startswith("--redo=")]
     folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
-    command = join([*_this_program(), *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]])
+    own = sys.argv[1 : len(sys.argv) - len(given)] if sys.argv[len(sys.argv) - len(given) :] == given else []
+    again = [*own, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]]
+    command = join([*_this_program(), *again])
     return folder + command if len(command) < 1_000 else "the same command with --resume"  # of many items
 
 
