@@ -42,6 +42,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
+from html.parser import HTMLParser
 from itertools import count, groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -4164,6 +4165,49 @@ def load(kind, ctx):
         ctx.execute("INSERT INTO nowhere VALUES (?)" + " " * 200 + "-- comment", ("x" * 500,))
 
 
+def test_a_row_that_fails_among_those_of_other_tasks_fails_its_own_task_and_is_named(db):
+    """They come in one batch, as the writer is busy with another message until all have been sent."""
+    sent, tasks = threading.Semaphore(0), range(1, 40)
+
+    def work(task, ctx):
+        if task == 0:
+            return ctx.put(User("gate", "x"))
+        ctx.executemany("INSERT INTO made VALUES (?, ?)", [(task, n) for n in range(2)])
+        third = None if task % 13 == 0 else 3
+        ctx.executemany("INSERT INTO made VALUES (?, ?)", [(task, 2), (task, third)])
+        ctx.put(MsgTaskFinished(ctx.task_id, "done", "now"))
+        return sent.release()
+
+    def wait_for_all(conn, message):
+        while tasks_left and sent.acquire(timeout=WAIT):
+            tasks_left.pop()
+
+    tasks_left = list(tasks)
+    schema = "CREATE TABLE made(task, n INTEGER NOT NULL)"
+    result = run([0, *tasks], db, work, workers=40, schema=schema, handlers={User: wait_for_all}, check=False)
+    assert (result.done, result.error, len(result.causes)) == (37, 3, 1)
+    assert sorted(re.search("row .*?\\)", failure.message)[0] for failure in result.failures) == [
+        f"row 2 of 2 is ({task}, None)" for task in (13, 26, 39)
+    ]
+    stored = [(task, 4) for task in tasks if task % 13]
+    assert rows(db, "SELECT task, count(*) FROM made GROUP BY 1 ORDER BY 1") == stored
+
+
+def test_what_is_no_plain_insert_stands_where_it_was_sent(db):
+    def work(task, ctx):
+        ctx.execute("INSERT INTO t VALUES (?)", (task,))
+        if task == 2:
+            ctx.execute("UPDATE t SET x = x + 100")
+        if task == 4:
+            ctx.put(User("x", "x"))
+
+    def double(conn, message):
+        conn.execute("UPDATE t SET x = x * 1000")
+
+    run(range(1, 7), db, work, workers=1, schema="CREATE TABLE t(x)", handlers={User: double})
+    assert rows(db, "SELECT x FROM t ORDER BY rowid") == [(101_000,), (102_000,), (3_000,), (4_000,), (5,), (6,)]
+
+
 @pytest.mark.parametrize("atomic", [True, False])
 def test_sql_that_fails_names_its_statement_its_row_and_the_users_line(db, atomic):
     schema = f"{USERS}; CREATE TABLE t(a PRIMARY KEY, b NOT NULL); INSERT INTO t VALUES (-5, 5)"
@@ -5672,6 +5716,25 @@ def test_status_reads_a_live_run_without_holding_it_up(db):
     assert seen[0]["run"]["status"] == "running" and seen[0]["tasks"][0]["status"] == "running"
 
 
+def test_status_takes_the_lock_where_a_run_without_wal_is_between_two_transactions(db, monkeypatch):
+    """There is no side file then; without a lock it may read pages that are being written."""
+    opened, connect = [], pipeloom._connect_readonly
+
+    def spied(*arguments, **options):
+        opened.append(options["idle"])
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(pipeloom, "_connect_readonly", spied)
+
+    def work(task, ctx):
+        wait_for(lambda: not Path(f"{db}-journal").exists())
+        pipeloom.read_status(db)
+
+    run([1], db, work, wal=False)
+    pipeloom.read_status(db)
+    assert opened == [False, True]
+
+
 def test_status_leaves_nothing_behind_and_knows_a_dead_run(home):
     program = """if 1:
         import os, pipeloom
@@ -6061,6 +6124,14 @@ def test_a_summary_says_how_many_causes_it_leaves_out(home):
     assert "13 failed, 13 causes:" in done.stderr and "\n  and 3 more causes\n" in done.stderr
 
 
+def test_the_command_that_resumes_has_the_programs_own_arguments(home):
+    program = THREE_TASKS.replace("ctx.sleep(0.1)", "1 / (item - 2)").replace("pipe.main()", "import sys; pipe.main(sys.argv[2:])")
+    (home / "own.py").write_text(program)
+    err = python("own.py", "folder", "-w", 2, cwd=home, code=1).stderr
+    assert err.endswith("own.py folder --resume -w 2\n"), err
+    assert python("own.py", "folder", cwd=home, code=1).stderr.endswith("own.py folder --resume\n")
+
+
 # ---- 4.9 sh --------------------------------------------------------------------------------------------
 
 
@@ -6093,14 +6164,6 @@ def sh_begun(home, *arguments, **options):
         process.communicate(timeout=WAIT)
     for file in home.glob("*.pid"):
         wait_for(lambda file=file: not is_alive(int(file.read_text())))
-
-
-def is_alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"  # nobody may have fetched the exit code of what has lost its parent
 
 
 @pytest.mark.parametrize(
@@ -6417,6 +6480,56 @@ def test_a_channel_that_fails_releases_every_waiting_producer():
         thread.join(WAIT)
     assert raised == [failure] * 4
     assert channel.drain() is None
+
+
+# ---- Room: the rows that tasks have in common ----------------------------------------------------------
+
+
+LOGGED = """
+    CREATE TABLE log(n INTEGER PRIMARY KEY, task, step);
+    CREATE TABLE a(task, step); CREATE TABLE b(task, step);
+    CREATE TRIGGER log_a AFTER INSERT ON a BEGIN INSERT INTO log(task, step) VALUES (new.task, new.step); END;
+    CREATE TRIGGER log_b AFTER INSERT ON b BEGIN INSERT INTO log(task, step) VALUES (new.task, new.step); END;
+"""
+INTO_A, INTO_B = "INSERT INTO a VALUES (?, ?)", "INSERT INTO b(task, step) VALUES (?, ?) ON CONFLICT DO NOTHING"
+OTHER = "INSERT INTO log(task, step) SELECT ?, ?"  # no plain INSERT
+STEPS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([INTO_A, INTO_A, INTO_B, OTHER]), st.integers(1, 3)), max_size=12)
+
+
+@given(STEPS)
+def test_rows_that_are_joined_are_all_stored_and_each_task_keeps_its_order(steps):
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(LOGGED)
+        joined, sent, others = pipeloom._Joined(conn, 2), {}, []
+        for task, sql, number in steps:
+            own = sent.setdefault(task, [])
+            rows = [(task, len(own) + n) for n in range(number)]
+            own.extend(rows)
+            statement = pipeloom._Statement(sql, rows, True, number, None)
+            if not joined.take(task, statement):
+                joined.insert()
+                pipeloom._run_statement(conn, statement)
+                others.append((conn.execute("SELECT count(*) FROM log").fetchone()[0], sum(map(len, sent.values()))))
+        joined.insert()
+        stored = conn.execute("SELECT task, step FROM log ORDER BY n").fetchall()
+    for task, rows in sent.items():
+        assert [row for row in stored if row[0] == task] == rows
+    assert len(stored) == sum(map(len, sent.values()))
+    assert all(there == sent_before for there, sent_before in others)  # what is no plain INSERT comes after all
+
+
+def test_the_same_statement_of_many_tasks_is_run_once():
+    with closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript("CREATE TABLE a(task, step); CREATE TABLE b(task, step)")
+        run_there = []
+        joined = pipeloom._Joined(conn, 300)
+        for task in range(300):
+            for sql in (INTO_A, INTO_B):
+                assert joined.take(task, pipeloom._Statement(sql, [(task, 1)], True, 1, None))
+        conn.set_trace_callback(run_there.append)
+        joined.insert()
+        conn.set_trace_callback(None)
+        assert [sql.split()[2][:1] for sql in run_there if sql.startswith("INSERT")] == ["a", "b"]
 
 
 # ---- Room: roster --------------------------------------------------------------------------------------
@@ -6781,7 +6894,10 @@ def test_the_tests_that_the_readme_names_for_each_promise_exist():
 
 def test_every_example_is_tested():
     names = {path.name for path in (HERE / "examples").glob("*.py")}
-    assert names == {"load_csv.py", "benchmark.py", "cluster.py"}
+    assert names == {
+        "benchmark.py", "cluster.py", "download.py", "http_json.py", "load_csv.py", "local_servers.py", "report.py",
+        "verify_install.py",
+    }  # fmt: skip
 
 
 def test_the_cluster_counts_primes_once(tmp_path):
@@ -6800,28 +6916,55 @@ whole.TaskContext.executemany = executemany
 sys.modules["pipeloom"] = whole
 """
 
+BROKEN = """
+import sys, whole
+whole.run_pipeline = lambda *arguments, **options: 1 / 0
+sys.modules["pipeloom"] = whole
+"""
 
-def test_the_benchmark_measures_what_it_says_and_notices_what_was_not_stored(home):
-    (home / "examples").mkdir()
+
+@pytest.fixture
+def measured(home):
+    """Runs a copy of examples/benchmark.py, and sees that no temporary file is left."""
+    for folder in ("examples", "temporary"):
+        (home / folder).mkdir()
     shutil.copy(str(HERE / "examples" / "benchmark.py"), str(home / "examples"))
-    lossy = Path(tempfile.mkdtemp(dir=str(home)))
-    shutil.copytree(str(home / "examples"), str(lossy / "examples"))
-    (lossy / "pipeloom.py").write_text(LOSSY, encoding="utf-8")
-    shutil.copy(str(FILE), str(lossy / "whole.py"))
 
-    def one(folder, arguments, code, said):
-        done = python("examples/benchmark.py", *arguments.split(), cwd=folder, code=code)
-        assert re.search(said, done.stdout), done.stdout
+    def one(*arguments, code):
+        env = {"TMPDIR": str(home / "temporary")}
+        done = python("examples/benchmark.py", "--rounds", 1, *arguments, cwd=home, code=code, env=env)
+        assert not os.listdir(str(home / "temporary"))
+        return done
 
-    at_once(
-        one,
-        [
-            (home, "--only execute --limit 3000 --rounds 1", 0, r"executemany\(\) .*/s .* x >= 1.2"),
-            (home, "--only memory --limit 50 --json", 0, '"verdict": "met"'),
-            (home, "--scaling --only fan --limit 50", 0, "50 tasks after one task"),
-            (lossy, "--only executemany --limit 3000 --rounds 1", 1, "FAILED .*not true of the database"),
-        ],
-    )
+    return one
+
+
+@needs_posix
+def test_the_benchmark_can_measure_each_of_its_lines_and_finds_what_it_claims_in_the_database(measured):
+    lines = {line["name"]: line for line in json.loads(measured("--limit", 4, "--json", code=0).stdout)}
+    names = "tasks listed original messages execute executemany one_row ten_rows busy lag latency"
+    names += " busy_processes executor returned bars_ansi memory start_import start_help"
+    names += " bars_rich" * bool(rich)
+    assert set(lines) - {"sh"} == set(names.split()) and ("sh" in lines) == bool(shutil.which("xargs"))
+    for line in lines.values():
+        assert line["verdict"] in ("met", "missed") and line["size"] <= 4 and line["ours"] > 0
+        assert (line["other"] > 0) == ("|" in line["what"])
+
+
+def test_the_benchmark_prints_the_lines_that_are_asked_for(measured):
+    done = measured("--only", "execute", "--limit", 3, code=0)
+    assert re.fullmatch("execute .* >= 1 x .* 3 tasks .*\nexecutemany .* >= 1.2 x .*\n", done.stdout)
+    assert "--only" in measured("--only", "nonsense", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "library, told", [(LOSSY, "not true of the database"), (BROKEN, "ZeroDivision")], ids=["lossy", "broken"]
+)
+def test_the_benchmark_notices_a_library_that_loses_rows_or_does_not_work(measured, home, library, told):
+    shutil.move(str(home / "pipeloom.py"), str(home / "whole.py"))
+    (home / "pipeloom.py").write_text(library, encoding="utf-8")
+    done = measured("--only", "executemany", "--limit", 3, code=1)
+    assert re.match(f"executemany FAILED .*{told}", done.stdout), done.stdout
 
 
 def test_load_csv_stores_every_line_of_the_installed_packages_once(tmp_path):
@@ -6847,3 +6990,385 @@ def test_load_csv_loads_a_folder_and_a_second_run_changes_nothing(tmp_path):
         found.append(rows(tmp_path / "load_csv.db", "SELECT * FROM line ORDER BY file, number"))
     assert found[0] == found[1] and len(found[0]) == 3
     example("load_csv.py", tmp_path / "missing", cwd=tmp_path, code=2)
+
+
+SHORT_EXAMPLES = sorted({path.name for path in (HERE / "examples").glob("*.py")} - {"benchmark.py", "report.py"})
+
+
+@pytest.mark.parametrize("name", SHORT_EXAMPLES)
+def test_an_example_is_python_3_8_in_under_80_lines_and_opens_no_database_itself(name):
+    text = (HERE / "examples" / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+    tree = ast.parse(text, feature_version=(3, 8))
+    assert ast.get_docstring(tree) and "sqlite3" not in text
+
+
+@pytest.mark.parametrize("name", ["load_csv.py", "http_json.py", "download.py", "verify_install.py"])
+def test_an_example_refuses_a_bad_argument_in_one_line_and_leaves_nothing(name, tmp_path):
+    for arguments in (["no-such-thing"], ["--no-such-option"], ["-w", "4", "after-an-option"]):
+        done = example(name, *arguments, cwd=tmp_path, code=2)
+        assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert arguments[-1] in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def attempts(path):
+    return dict(rows(path, "SELECT name, attempts FROM task_runs"))
+
+
+def test_load_csv_drops_the_lines_that_a_file_no_longer_has(tmp_path):
+    (tmp_path / "in").mkdir()
+    for text, found in (("\ufeffa,1\nb,2\n", ['["a", "1"]', '["b", "2"]']), ("c,3\n", ['["c", "3"]'])):
+        (tmp_path / "in" / "a.csv").write_text(text, encoding="utf-8")
+        done = example("load_csv.py", "in", cwd=tmp_path)
+        assert done.stdout == f"1 files in the database hold {len(found)} lines\n"
+        assert rows(tmp_path / "load_csv.db", "SELECT * FROM line ORDER BY number") == [
+            (os.path.join("in", "a.csv"), number, fields) for number, fields in enumerate(found, 1)
+        ]
+    (tmp_path / "in" / "a.csv").write_bytes(b"d,4\n\xff\n")
+    assert "UnicodeDecodeError" in example("load_csv.py", "in", cwd=tmp_path, code=1).stderr
+    assert rows(tmp_path / "load_csv.db", "SELECT fields FROM line") == [('["c", "3"]',)]
+
+
+@contextmanager
+def served(answer):
+    """A web server. `answer(path, range)` gives status, headers and content; yields its address."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers, content = answer(self.path, self.headers["Range"])
+            self.send_response_only(status)
+            for name, value in {"Content-Length": len(content), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(WAIT)
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_http_json_stores_every_row_although_requests_fail_and_one_answer_takes_too_long(tmp_path):
+    stored = []
+    for _ in range(2):
+        done = example("http_json.py", "-v", cwd=tmp_path)
+        assert done.stdout == "10 users have written 100 posts\n"
+        assert "503" in done.stderr and "timed out after 0.5 s" in done.stderr
+        again = {name for name, number in attempts(tmp_path / "http_json.db").items() if number == 2}
+        assert again == {"users/2", "users/4", "users/5"}
+        stored.append(
+            rows(tmp_path / "http_json.db", "SELECT * FROM user JOIN post ON user = user.id ORDER BY post.id")
+        )
+    assert stored[0] == stored[1] and len(set(stored[0])) == 100
+    assert "11 skipped" in example("http_json.py", "--resume", cwd=tmp_path).stderr
+
+
+def test_http_json_says_which_url_is_not_there_and_stores_the_others(tmp_path, no_proxy):
+    def answer(path, _):
+        number = int(path.split("/")[3])
+        user = {"id": number, "name": "Ann"}
+        posts = [{"id": number, "userId": number, "title": "Hello"}]
+        content = json.dumps(posts if path.endswith("/posts") else user).encode()
+        return (404, {}, b"") if path == "/v1/users/7/posts" else (200, {}, content)
+
+    with served(answer) as address:
+        done = example("http_json.py", f"{address}/v1/", "--retries=0", cwd=tmp_path, code=1)
+    assert f"users/7 failed: OSError: {address}/v1/users/7/posts: HTTP Error 404" in done.stderr
+    others = [(number,) for number in range(1, 11) if number != 7]
+    for table in ("user", "post"):
+        assert rows(tmp_path / "http_json.db", f"SELECT id FROM {table} ORDER BY id") == others
+
+
+def sha256(content):
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_download_goes_on_where_it_broke_off_and_again_fetches_only_what_is_damaged(tmp_path):
+    def look():
+        stats = {path.name: path.stat() for path in (tmp_path / "downloads").iterdir()}
+        return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+
+    def stored():
+        return rows(tmp_path / "download.db", "SELECT file, url, size, sha256 FROM file ORDER BY file")
+
+    said = example("download.py", "-v", cwd=tmp_path).stderr
+    assert len(re.findall(r"broke off after [\d,]+ of [\d,]+ bytes; retrying", said)) == 8
+    files, first = look(), stored()
+    assert [os.path.basename(row[0]) for row in first] == sorted(files) and len(files) == 8
+    for name, url, size, digest in first:
+        content = (tmp_path / name).read_bytes()
+        assert (len(content), sha256(content)) == (size, digest) and url.endswith(os.path.basename(name))
+    example("download.py", cwd=tmp_path)
+    assert set(attempts(tmp_path / "download.db").values()) == {1}
+    assert "8 skipped" in example("download.py", "--resume", cwd=tmp_path).stderr
+    assert (look(), stored()) == (files, first)
+    (tmp_path / "downloads" / "file-3.bin").write_bytes(b"damaged")
+    example("download.py", cwd=tmp_path)
+    assert {name for name, entry in look().items() if entry != files[name]} == {"file-3.bin"}
+    assert stored() == first
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_download_takes_ranges_or_starts_over_and_a_wrong_checksum_leaves_no_file(
+    knows_ranges, tmp_path, no_proxy
+):
+    content, listed, asked = b"0123456789" * 20_000, {}, []
+
+    def answer(path, wanted):
+        if path == "/files/SHA256SUMS":
+            return 200, {}, "".join(f"{digest}  {name}\n" for name, digest in listed.items()).encode()
+        asked.append((path, wanted))
+        if path == "/files/empty":
+            return 200, {}, b""
+        first = int(wanted[6:-1]) if wanted and knows_ranges else 0
+        return (206 if wanted and knows_ranges else 200), {}, content[first:]
+
+    def run_again(*options, code=0):
+        del asked[:]
+        done = example("download.py", f"{address}/files/SHA256SUMS", *options, cwd=tmp_path, code=code)
+        return done, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    digest = sha256(content)
+    listed.update({"a b": digest, "empty": sha256(b""), "whole": digest})
+    (folder / f"a b.{digest[:8]}.part").write_bytes(content[:70_000])
+    (folder / f"whole.{digest[:8]}.part").write_bytes(content)  # killed before it got its name
+    with served(answer) as address:
+        _, found = run_again()
+        assert found == {"a b": content, "empty": b"", "whole": content}
+        assert sorted(asked) == [("/files/a%20b", "bytes=70000-"), ("/files/empty", None)]
+        content = b"another edition"
+        listed["a b"] = sha256(content)
+        _, found = run_again("--resume")
+        assert found["a b"] == content and asked == [("/files/a%20b", None)]
+        listed["whole"] = sha256(b"what is not there")
+        done, after = run_again("--resume", "--retries=0", code=1)
+        assert "has not the checksum that is listed" in done.stderr and after == found
+    assert rows(tmp_path / "download.db", "SELECT sha256 FROM file ORDER BY file") == [
+        (sha256(found["a b"]),), (sha256(b""),), (sha256(found["whole"]),)
+    ]  # fmt: skip
+
+
+def noted(path, content):
+    from base64 import urlsafe_b64encode
+
+    digest = urlsafe_b64encode(bytes.fromhex(sha256(content))).decode().rstrip("=")
+    return f'"{path}",sha256={digest},{len(content)}\n'
+
+
+def package(folder, name, files, record=True):
+    """Install a package in a folder, as pip would; `files` are {path: content}."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
+    for path, content in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content)
+    if record:
+        lines = [noted(path, content) for path, content in files.items()]
+        lines += [f"{info.name}/RECORD,,\n", "some/cache.pyc,,\n"]
+        (info / "RECORD").write_text("".join(lines), encoding="utf-8")
+    return info / "RECORD"
+
+
+def test_verify_install_finds_a_changed_and_a_missing_file(tmp_path):
+    site = tmp_path / "site"
+    files = {"some/good.py": b"good", "some/edited.py": b"before", "some/gone.py": b"gone", "some/a,b": b""}
+    record = package(site, "Some_Thing", files)
+    package(site, "other", {"other.py": b"other"})
+    package(site, "unrecorded", {"unrecorded.py": b"?"}, record=False)
+    package(tmp_path / "shadowed", "some-thing", {"some/never.py": b"never"})
+    (tmp_path / "shadowed" / "some" / "never.py").unlink()
+    path = os.pathsep.join(map(str, (HERE, site, site, tmp_path / "shadowed")))
+
+    def verify(*names, code):
+        program = HERE / "examples" / "verify_install.py"
+        return python(program, *names, cwd=tmp_path, code=code, env={"PYTHONPATH": path})
+
+    def stored():
+        ours = "SELECT * FROM file WHERE package IN ('other', 'some-thing') ORDER BY package, path"
+        return rows(tmp_path / "verify_install.db", ours)
+
+    good = [("other", "other.py", "good")] + [("some-thing", name, "good") for name in sorted(files)]
+    for _ in range(2):
+        done = verify("some-thing", "Other", code=0)
+        assert done.stdout == "2 packages, 5 files, 0 missing, 0 changed\n" and stored() == good
+    (site / "some" / "edited.py").write_bytes(b"after")
+    (site / "some" / "gone.py").unlink()
+    for options in ([], ["--resume"]):
+        assert verify("Some_Thing", "other", *options, code=1).stdout == (
+            "some-thing: some/edited.py is changed\n"
+            "some-thing: some/gone.py is missing\n"
+            "2 packages, 5 files, 1 missing, 1 changed\n"
+        )
+    assert verify("other", code=0).stdout == "1 packages, 1 files, 0 missing, 0 changed\n"
+    for names in ([], ["other"], []):  # a report on one package is none on all
+        done = verify(*names, "--resume", code=0 if names else 1)
+        assert ("some/gone.py is missing" in done.stdout) is not bool(names)
+    record.write_text(noted("some/good.py", b"good"), encoding="utf-8")
+    assert verify("some_thing", code=0).stdout == "1 packages, 1 files, 0 missing, 0 changed\n"
+    assert stored() == [("other", "other.py", "good"), ("some-thing", "some/good.py", "good")]
+    assert "without a RECORD: unrecorded" in verify("unrecorded", "other", code=2).stderr
+
+
+def test_verify_install_checks_every_recorded_file_of_this_python(tmp_path):
+    done = example("verify_install.py", cwd=tmp_path, code=None)
+    *damaged, last = done.stdout.splitlines()
+    packages, files, missing, changed = map(
+        int, re.fullmatch(r"(\d+) packages, (\d+) files, (\d+) missing, (\d+) changed", last).groups()
+    )
+    assert len(damaged) == missing + changed and done.returncode == (1 if damaged else 0), done.stderr
+    records = {path for place in sys.path for path in Path(place).glob("*.dist-info/RECORD")}
+    lines = [line for path in records for line in path.read_text(encoding="utf-8").splitlines()]
+    assert packages == len(records) and files == sum(",sha256=" in line for line in lines) > 100
+
+
+FIRST = ("id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, progress REAL NOT NULL DEFAULT 0.0,"
+         " message TEXT, started_at TEXT, finished_at TEXT, result TEXT")  # fmt: skip
+
+
+class Page(HTMLParser):
+    """A page of report.py: every tag is closed where it ought to be, and nothing comes from elsewhere."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.text, self.tags, self.titles = [], "", [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == [] and not {"script", "link", "img", "iframe"} & set(self.tags)
+        assert not re.search(r"https?:|//|url\(|@import", self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attributes), attributes
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data + "\n"
+            self.titles += [data] if self.open[-2:] == ["rect", "title"] else []
+
+
+def reported(db, cwd):
+    assert example("report.py", db, cwd=cwd).stdout == f"{db}.html\n"
+    return Page(Path(f"{db}.html"))
+
+
+def status_table(db, columns=FIRST):
+    execute(db, f"CREATE TABLE task_runs({columns})")
+    return "INSERT INTO task_runs(name, status, message, started_at, finished_at) "
+
+
+def test_a_report_shows_the_newest_run_what_failed_in_it_and_why(db, tmp_path):
+    pipe = Pipeline(db, progress="none", workers=2)
+
+    @pipe.task(each=["<script>alert(1)</script>", "a\x1b[31m\udce4 & b", "語" * 500, "plain"], name=str)
+    def load(ctx, name):
+        ctx.sleep(0.02)
+        if name.startswith("<script>") and len(runs) == 1:
+            raise ValueError(f"<b>{name}</b>")
+
+    pipe.task(lambda ctx: None, name="after", after=load)
+    runs = [1]
+    pipe.run(check=False)
+    before = db.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    page = reported(db, tmp_path)
+    assert (db.read_bytes(), [*before[1], "test.db.html"]) == (before[0], sorted(os.listdir(str(tmp_path))))
+    assert "<script>alert(1)</script>" in page.text and "a\\x1b[31m\\udce4 & b" in page.text
+    assert "ValueError: <b><script>alert(1)</script></b>" in page.text and "Traceback (most" in page.text
+    assert "not started: " in page.text and "語" * 100 in page.text and "語" * 101 not in page.text
+    assert len(page.titles) == 4 and any(title.startswith("plain, ") for title in page.titles)
+    runs.append(2)
+    pipe.run(resume=True)
+    page = reported(db, tmp_path)
+    assert "Run 2 is the newest that ran something. Run 2: done." in page.text
+    assert "3 earlier tasks are not shown" in page.text and "ValueError" not in page.text
+    pipe.run(resume=True)
+    page = reported(db, tmp_path)
+    assert "Run 2 is the newest that ran something. Run 3: done." in page.text and len(page.titles) == 2
+
+
+RUNNING = """
+import pipeloom
+def work(task, ctx):
+    ctx.progress(1, 4)
+    if task == 5: print("ready", flush=True)
+    ctx.sleep(60)
+pipeloom.run_pipeline(range(6), "test.db", worker_fn=work, workers=6, progress="none")
+"""
+
+
+@needs_posix
+def test_a_report_tells_tasks_that_run_from_those_of_a_killed_run(home):
+    with begun("-c", RUNNING, cwd=home) as process:
+        wait_for(lambda: rows(home / "test.db", "SELECT count(*) FROM task_runs WHERE progress > 0") == [(6,)])
+        page = reported(home / "test.db", home)
+        assert "running" in page.text and "unfinished" not in page.text and len(page.titles) == 6
+        process.kill()
+        process.wait(WAIT)
+    page = reported(home / "test.db", home)
+    assert "unfinished" in page.text and "25%" in page.text and "interrupted" in page.text
+
+
+def test_a_report_of_10000_tasks_is_smaller_than_a_megabyte_however_many_ran_at_once(db, tmp_path):
+    insert = status_table(db)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 9999) SELECT "
+    time = "strftime('%Y-%m-%dT%H:%M:%f', '2026-01-01', '+' || ({}) || ' seconds') || '+00:00'"
+    for lanes, late in ((8, "i / 8"), (10_000, "0")):
+        execute(db, "DELETE FROM task_runs")
+        names = f"replace(hex(zeroblob(20)), '00', '&<') || i, 'error', 'no ' || i, {time.format(late)}"
+        execute(db, f"{insert} {numbers} {names}, {time.format(late + ' + 1')} FROM n")
+        page = reported(db, tmp_path)
+        assert len(page.source.encode("utf-8")) < 1_000_000 and f"{lanes:,} at once at most" in page.text
+        drawn = [int((re.findall(r"longest of (\d+)$", title) or ["1"])[0]) for title in page.titles]
+        assert sum(drawn) == 10_000
+
+
+def test_a_report_needs_no_more_than_the_columns_of_the_original_and_no_times(db, tmp_path):
+    insert = status_table(db)
+    values = ["('fine', 'done', NULL, '2026-01-01T00:00:00+00:00', '2026-01-01T00:00:02Z')",
+              "('never', 'cancelled', 'not started', NULL, '2026-01-01T00:00:02')",
+              "('odd', 'done', '', 'yesterday', '<i>')", "('odder', 'error', x'ff00', '12', 'now')",
+              "('back', 'strange', '', '2026-01-01T00:00:01', '2025-01-01')",
+              "(x'00ff', 'running', '', '2026-01-01T00:00:01', NULL)"]  # fmt: skip
+    assert "nothing" in reported(db, tmp_path).text
+    execute(db, insert + "VALUES " + ", ".join(values))
+    page = reported(db, tmp_path)
+    assert any(title.startswith("fine, 2 s, done") for title in page.titles)
+    assert "not started" in page.text and "unfinished" in page.text and "b'\\x00\\xff'" in page.text
+
+
+def test_a_report_of_what_it_cannot_read_or_write_is_one_line_and_exit_code_2(db, tmp_path):
+    (tmp_path / "text.db").write_text("no database " * 100)
+    sqlite3.connect(str(tmp_path / "empty.db")).close()
+    status_table(db)
+    (tmp_path / "folder").mkdir()
+    wrong = [["missing.db"], ["text.db"], ["empty.db"], [db, db], [db, "missing/page.html"], [db, "folder"]]
+
+    def refused(*arguments):
+        done = example("report.py", *arguments, cwd=tmp_path, code=2)
+        assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("report: "), done
+
+    at_once(refused, wrong)
+    assert rows(db, "SELECT count(*) FROM task_runs") == [(0,)]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]

@@ -1,826 +1,300 @@
-"""How fast, how big: what pipeloom costs, beside what it is to be compared with, on your machine.
+"""How fast pipeloom is, beside what it is to be compared with, on your machine.
 
-    python examples/benchmark.py [--only NAME] [--json]             # the table, in under two minutes
-    python examples/benchmark.py --scaling [--limit SIZE]           # how cost grows, in many minutes
+    python examples/benchmark.py [--only NAME] [--rounds N] [--limit SIZE] [--json]
 
-A measurement is a function of a size and of a database that is not there yet; its docstring is its title.
-Each runs in a fresh Python, ours and the other in turn, round after round: the table has the medians, those
-of the ratios taken round by round. Then it asks the database: one that does not hold what was claimed is a
-failure, and the exit code 1. To miss an aim is none. Peers are measured where they can be imported.
+Each line(...) below is a line of the table: its name and size, what is compared (ours | the other), the aim,
+and the two functions that do it. They take turns, round after round, each time in a fresh Python with a new
+database. The measure is the seconds that a function takes, or else what it returns; shown are the medians.
+A line whose database does not hold afterwards what it should has FAILED, and the exit code is 1.
 """
 
 import argparse
 import json
-import operator
 import os
-import platform
 import queue
+import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, redirect_stderr
 from datetime import datetime, timezone
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent  # where pipeloom.py is
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # where pipeloom.py is
 
-import pipeloom  # noqa: E402
+import pipeloom
 
-WORKERS = 8
-TASKS = 20_000  # where something else than their number grows
-BATCH = 1_000  # rows of a task
-LOOPS = 1_000_000  # of pure Python: 50 ms or so
-DEADLINE, LATE_DEADLINE = 60, 3_600  # seconds that one measurement may take; with --scaling
 SCHEMA = "CREATE TABLE entry(task INTEGER, number INTEGER, text TEXT)"
 INSERT = "INSERT INTO entry VALUES (?, ?, ?)"
-
-# What must be true of the database after a measurement of some size
-ALL_DONE = "SELECT count(*) = :size FROM task_runs WHERE status = 'done'"
-ONE_DONE = ALL_DONE.replace(":size", "1")
-ALL_ROWS = "SELECT count(*) = :size AND sum(number) = :size * (:size - 1) / 2 FROM entry"
-ALL_BATCHES = ALL_ROWS.replace(":size", f"(:size * {BATCH})")
-
-MEASURES = {}  # by name
+DONE = "SELECT count(*) = :size FROM task_runs WHERE status = 'done'"
+LINES = {}
 
 
-class Failed(Exception):
-    """A measurement did not end, ended with an error, or did not do what it claims."""
-
-
-def measure(*truths):
-    """A decorator: what function(size, db) returns, or else the seconds that it takes, is the measure."""
-
-    def register(function):
-        def measured(size, db):
-            began = time.perf_counter()
-            value = function(size, db)
-            seconds = time.perf_counter() - began
-            for sql in truths:
-                with closing(sqlite3.connect(db)) as conn:
-                    if conn.execute(sql, {"size": size}).fetchone() != (1,):
-                        raise Failed(f"with size {size} this is not true of the database: {sql}")
-            return seconds if value is None else value
-
-        measured.title = function.__doc__
-        MEASURES[function.__name__] = measured
-        return function
-
-    return register
-
-
-# ---- Tasks and messages --------------------------------------------------------------------------------
-
-
-def run(tasks, db, work, workers=WORKERS, progress="none", **options):
-    pipeloom.run_pipeline(tasks, db, worker_fn=work, workers=workers, progress=progress, **options)
+def line(name, size, what, aim, ours, other=None, truth=DONE, needs=True):
+    if needs:
+        LINES[name] = SimpleNamespace(size=size, what=what, aim=aim, ours=ours, other=other, truth=truth)
 
 
 def nothing(*_):
     pass
 
 
-@measure(ALL_DONE)
-def tasks(size, db):
-    """no-op tasks, streamed and stored"""
-    run(iter(range(size)), db, nothing)
+def run(size, db, work=nothing, tasks=None, **options):
+    options = {"workers": 8, "progress": "none", "schema": SCHEMA, **options}
+    pipeloom.run_pipeline(tasks or iter(range(size)), db, worker_fn=work, **options)
 
 
-@measure(ALL_DONE)
-def listed(size, db):
-    """no-op tasks, from a list"""
-    run(range(size), db, nothing)
-
-
-def originals(task, q):
-    q.put(pipeloom.MsgTaskStarted(task.task_id, task.name, datetime.now(timezone.utc).isoformat()))
-    q.put(pipeloom.MsgTaskFinished(task.task_id, "done", datetime.now(timezone.utc).isoformat(), "ok", "completed"))
-
-
-@measure(ALL_DONE)
-def original(size, db):
-    """the original's worker, started and finished messages"""
-    run((pipeloom.Task(id, f"task-{id}") for id in range(1, size + 1)), db, originals)
-
-
-@measure()
-def discarded(size, _):
-    """the same worker in a bare pool, messages discarded"""
-    bin = SimpleNamespace(put=nothing)
-    pool(size, _, lambda id: originals(pipeloom.Task(id, f"task-{id}"), bin))
-
-
-@measure()
-def pool(size, _, work=nothing):
-    """ThreadPoolExecutor.map"""
-    with ThreadPoolExecutor(WORKERS) as executor:
+def pool(size, db, work=nothing):
+    with ThreadPoolExecutor(8) as executor:
         deque(executor.map(work, range(size)), 0)
 
 
-@measure(ALL_DONE)
-def by_hand(size, db):
-    """by hand: connections per thread, commits per status"""
-    local = threading.local()
-    with closing(sqlite3.connect(db)) as conn:
-        conn.execute("PRAGMA journal_mode=WAL")
-        conn.execute("CREATE TABLE task_runs(id INTEGER PRIMARY KEY, status TEXT)")
-
-    def work(number):
-        if not hasattr(local, "conn"):
-            local.conn = sqlite3.connect(db, timeout=60)
-            local.conn.execute("PRAGMA synchronous=NORMAL")
-        with local.conn:
-            local.conn.execute("INSERT INTO task_runs VALUES (?, 'running')", (number,))
-        with local.conn:
-            local.conn.execute("UPDATE task_runs SET status = 'done' WHERE id = ?", (number,))
-
-    pool(size, db, work)
+def original(task, q):
+    q.put(pipeloom.MsgTaskStarted(task.task_id, task.name, datetime.now(timezone.utc).isoformat()))
+    q.put(pipeloom.MsgTaskFinished(task.task_id, "done", datetime.now(timezone.utc).isoformat(), "ok"))
 
 
-@measure("SELECT count(*) = :size FROM kv")
-def huey(size, db):
-    """huey: SqliteHuey and its consumer, results stored"""
-    from huey import SqliteHuey
-
-    app = SqliteHuey(filename=db)
-    work = app.task()(str)  # a result of None would not be stored
-    for number in range(size):
-        work(number)
-    consumer = app.create_consumer(workers=WORKERS, initial_delay=0.001, max_delay=0.01)
-    consumer.start()
-    while app.result_count() < size:
-        time.sleep(0.01)
-    consumer.stop(graceful=True)
+def report(id, q, steps):
+    for step in range(1, steps + 1):
+        q.put(pipeloom.MsgTaskProgress(id, step, steps))
+    q.put(pipeloom.MsgTaskFinished(id, "cancelled", "now"))  # "done" would make the progress 1.0 in any case
 
 
-class Display(pipeloom.Progress):
-    """Notes which progress messages are shown, and how long after they were sent."""
-
-    def __init__(self):
-        self.sent = defaultdict(deque)  # by task: those that are on their way
-        self.shown, self.lags = {}, []
-
-    def send(self, ctx, step, total):
-        self.sent[ctx.task_id].append((step, time.perf_counter()))
-        ctx.progress(step, total)
-
-    def update(self, message):
-        if type(message) is pipeloom.MsgTaskProgress:
-            now, sent = time.perf_counter(), self.sent[message.task_id]
-            self.shown[message.task_id] = message.step
-            while sent and sent[0][0] <= message.step:  # of several in one commit only the last is shown
-                self.lags.append(now - sent.popleft()[1])
-
-    def lag(self, share, expected):
-        if len(self.lags) != expected:
-            raise Failed(f"{len(self.lags)} messages were shown, expected {expected}")
-        return sorted(self.lags)[int(share * (expected - 1))]
+def bare_queue(size, db):
+    q = queue.Queue(1024)
+    with ThreadPoolExecutor(8) as executor:
+        executor.map(partial(report, q=q, steps=size), range(8))
+        for _ in range(8 * (size + 1)):
+            q.get()
 
 
-@measure(
-    f"SELECT count(*) = {WORKERS} AND sum(progress) = {WORKERS} FROM task_runs WHERE status = 'cancelled'"
-)
-def messages(size, db):
-    """progress messages, stored and shown"""
-    display, steps = Display(), size // WORKERS + 1
-
-    def work(_, ctx):
-        for step in range(1, steps + 1):
-            ctx.put(pipeloom.MsgTaskProgress(ctx.task_id, step, steps))
-        # Not as done, which makes the progress that is stored 1.0 whatever was sent
-        ctx.put(pipeloom.MsgTaskFinished(ctx.task_id, "cancelled", "now"))
-
-    run(range(WORKERS), db, work, progress=display)
-    if list(display.shown.values()) != [steps] * WORKERS:
-        raise Failed(f"{display.shown} was shown, expected {steps} of each task")
+discard = SimpleNamespace(put=nothing, executemany=lambda sql, rows: deque(rows, 0))  # in place of a context
+line("tasks", 50_000, "tasks that do nothing, from a generator | ThreadPoolExecutor.map",
+     ">= 1 x the speed", run, pool)
+line("listed", 50_000, "tasks that do nothing, from a list | ThreadPoolExecutor.map",
+     ">= 1 x the speed", lambda size, db: run(size, db, tasks=list(range(size))), pool)
+line("original", 50_000, "the original's worker | the same in a pool, messages discarded", ">= 1 x the speed",
+     lambda size, db: run(size, db, original, (pipeloom.Task(id + 1, f"task-{id}") for id in range(size))),
+     partial(pool, work=lambda id: original(pipeloom.Task(id + 1, f"task-{id}"), discard)))
+line("messages", 25_000, "progress messages of each of 8 tasks, stored and shown | a bare queue.Queue(1024)",
+     ">= 1 x the speed", lambda size, db: run(8, db, lambda _, ctx: report(ctx.task_id, ctx, size),
+     progress=pipeloom.Progress()), bare_queue, "SELECT sum(progress) = 8 AND count(*) = 8 FROM task_runs")
 
 
-@measure()
-def pump(size, _):
-    """queue.Queue(1024)"""
-    pipe, steps = queue.Queue(1024), size // WORKERS + 1
-
-    def work(task):
-        for step in range(1, steps + 1):
-            pipe.put(pipeloom.MsgTaskProgress(task, step, steps))
-
-    with ThreadPoolExecutor(WORKERS) as executor:
-        executor.map(work, range(WORKERS))
-        for _ in range(steps * WORKERS):
-            pipe.get()
+def entries(task, each):
+    return ((task, number, "some text") for number in range(task * each, (task + 1) * each))
 
 
-# ---- Rows ----------------------------------------------------------------------------------------------
+def stored(each):  # whether each row of each task is there, and none twice
+    all = f":size * {each}"
+    return f"SELECT (count(*), count(DISTINCT number), max(number)) = ({all}, {all}, {all} - 1) FROM entry"
 
 
-def entries(first, size):
-    return ((first, number, "some text") for number in range(first, min(first + BATCH, size)))
+def one_by_one(task, ctx, each):
+    for entry in entries(task, each):
+        ctx.execute(INSERT, entry)
 
 
-@measure(ALL_ROWS)
-def execute(size, db):
-    """rows by ctx.execute(), one at a time"""
-
-    def work(first, ctx):
-        for entry in entries(first, size):
-            ctx.execute(INSERT, entry)
-
-    run(range(0, size, BATCH), db, work, schema=SCHEMA)
+def at_once(task, ctx):
+    ctx.executemany(INSERT, entries(task, 1_000))
 
 
-@measure(ALL_ROWS)
-def executemany(size, db):
-    """rows by ctx.executemany()"""
-
-    def work(first, ctx):
-        ctx.executemany(INSERT, entries(first, size))
-
-    run(range(0, size, BATCH), db, work, schema=SCHEMA)
-
-
-@measure(ALL_ROWS)
-def raw(size, db):
-    """sqlite3's executemany(), one thread"""
+def sqlite(size, db, batches=None):
+    """One connection on one thread, one transaction, and the pragmas that pipeloom uses."""
     with closing(sqlite3.connect(db)) as conn, conn:
-        conn.execute("PRAGMA journal_mode=WAL")
-        conn.execute("PRAGMA synchronous=NORMAL")
-        conn.execute(SCHEMA)
-        for first in range(0, size, BATCH):
-            conn.executemany(INSERT, entries(first, size))
+        conn.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + SCHEMA)
+        for rows in batches or (entries(task, 1_000) for task in range(size)):
+            conn.executemany(INSERT, rows)
 
 
-@measure(ALL_DONE, ALL_ROWS)
-def one_row(size, db, rows=1):
-    """tasks that store one row each"""
-
-    def work(task, ctx):
-        for number in range(task * rows, (task + 1) * rows):
-            ctx.execute(INSERT, (task, number, "some text"))
-
-    run(range(size), db, work, schema=SCHEMA)
+def pool_then_sqlite(size, db, each):
+    with ThreadPoolExecutor(8) as executor:
+        made = list(executor.map(lambda task: list(entries(task, each)), range(size)))
+    sqlite(size, db, [[row for rows in made for row in rows]])
 
 
-@measure(ALL_ROWS)
-def pool_row(size, db, rows=1):
-    """a pool that computes them, then one executemany()"""
-    with ThreadPoolExecutor(WORKERS) as executor:
-        work = lambda task: [(task, number, "some text") for number in range(task * rows, (task + 1) * rows)]  # noqa: E731
-        made = [row for rows in executor.map(work, range(size)) for row in rows]
-    with closing(sqlite3.connect(db)) as conn, conn:
-        conn.execute("PRAGMA journal_mode=WAL")
-        conn.execute("PRAGMA synchronous=NORMAL")
-        conn.execute(SCHEMA)
-        conn.executemany(INSERT, made)
+line("execute", 400, "tasks of 1,000 rows by ctx.execute | sqlite3's executemany on one thread",
+     ">= 1 x the speed", partial(run, work=partial(one_by_one, each=1_000)), sqlite, stored(1_000))
+line("executemany", 400, "tasks of 1,000 rows by ctx.executemany | sqlite3's executemany on one thread",
+     ">= 1.2 x the speed", partial(run, work=at_once), sqlite, stored(1_000))
+for name, each in (("one_row", 1), ("ten_rows", 10)):
+    line(name, 20_000, f"tasks that store {name.replace('_', ' ')} | a pool computes them, one executemany",
+         ">= 0.9 x the speed", partial(run, work=partial(one_by_one, each=each)),
+         partial(pool_then_sqlite, each=each), stored(each))
 
 
-@measure(ALL_DONE, ALL_ROWS.replace(":size", "(:size * 10)"))
-def ten_rows(size, db):
-    """tasks that store ten rows each"""
-    one_row(size, db, 10)
-
-
-@measure(ALL_ROWS.replace(":size", "(:size * 10)"))
-def pool_ten(size, db):
-    """a pool that computes them, then one executemany()"""
-    pool_row(size, db, 10)
-
-
-@measure("SELECT count(*) = :size FROM unnamed")
-def sqlitedict(size, db):
-    """sqlitedict: rows, one key at a time, one commit"""
-    from sqlitedict import SqliteDict
-
-    with SqliteDict(db) as table:
-        for first in range(0, size, BATCH):
-            for entry in entries(first, size):
-                table[entry[1]] = entry
-        table.commit()
-
-
-# ---- Workers that compute: each step of SQLite gives up the GIL, and they are slow to return it ---------
-
-
-def compute(part=1):
-    total = 0
-    for number in range(LOOPS // part):
+def compute(part=1, total=0):
+    for number in range(1_000_000 // part):  # 50 ms or so, for all
         total += number * number % 7
 
 
-@measure(ALL_DONE, ALL_BATCHES)
-def busy(size, db):
-    """tasks of 50 ms of Python and 1,000 rows"""
+def busy(task, ctx):
+    compute()
+    at_once(task, ctx)
+
+
+def delay(size, db, workers, pause):
+    """The seconds from sending a message until it is committed and shown, sorted."""
+    delays = []
 
     def work(task, ctx):
-        compute()
-        ctx.executemany(INSERT, entries(task * BATCH, size * BATCH))
+        pause()
+        ctx.progress(1, 2, message=str(time.perf_counter()))
+        pause()
+        at_once(task, ctx)
 
-    run(range(size), db, work, schema=SCHEMA)
+    def update(message):
+        if isinstance(message, pipeloom.MsgTaskProgress):
+            delays.append(time.perf_counter() - float(message.message))
+
+    run(size, db, work, workers=workers, progress=SimpleNamespace(start=nothing, update=update, stop=nothing))
+    return sorted(delays) if len(delays) == size else sys.exit("a message was not shown")
 
 
-@contextmanager
-def processes():
-    """Two, that have begun; and a function that says how many seconds have gone since."""
+def on_processes(size, db, work):
     with ProcessPoolExecutor(2, get_context("spawn")) as executor:
-        deque(executor.map(time.sleep, [0.2] * 4), 0)
+        deque(executor.map(time.sleep, [0.2] * 4), 0)  # until both have begun
         began = time.perf_counter()
-        yield executor, lambda: time.perf_counter() - began
+        work(size, db, executor=executor)
+        return time.perf_counter() - began
 
 
-def busy_task(task, ctx):
-    compute()
-    ctx.executemany(INSERT, entries(task * BATCH, sys.maxsize))
+def submit(size, db, executor):
+    flying = deque()
+    for number in range(size):
+        flying.append(executor.submit(nothing, number))
+        if len(flying) == 8:
+            flying.popleft().result()
 
 
-@measure(ALL_DONE, ALL_BATCHES)
-def busy_processes(size, db):
-    """the same, on 2 processes"""
-    with processes() as (executor, seconds):
-        run(range(size), db, busy_task, schema=SCHEMA, executor=executor)
-        return seconds()
-
-
-@measure(ALL_DONE)
-def executor(size, db):
-    """no-op tasks on 2 processes"""
-    with processes() as (executor, seconds):
-        run(range(size), db, nothing, executor=executor)
-        return seconds()
-
-
-@measure()
-def bare_executor(size, _):
-    """submit() and result(), as many in flight"""
-    with processes() as (executor, seconds):
-        flying = deque()
-        for number in range(size):
-            if len(flying) == WORKERS:
-                flying.popleft().result()
-            flying.append(executor.submit(nothing, number))
-        deque((future.result() for future in flying), 0)
-        return seconds()
-
-
-def large_rows(task, ctx=None):
-    """1 MiB."""
-    rows = [(task, number, str(number % 10) * 1_000) for number in range(task * BATCH, (task + 1) * BATCH)]
+def large(task, ctx=None):  # the text is made anew for each row, as pickle sends the same object only once
+    rows = [(task, number, str(number % 10) * 1_000) for _, number, _ in entries(task, 1_000)]
     return ctx.executemany(INSERT, rows) if ctx else rows
 
 
-@measure(ALL_DONE, ALL_BATCHES)
-def returned(size, db):
-    """MiB of rows from 2 processes"""
-    with processes() as (executor, seconds):
-        run(range(size), db, large_rows, schema=SCHEMA, executor=executor)
-        return seconds()
+line("busy", 16, "tasks of 50 ms of Python and 1,000 rows | the same, storing nothing", "<= 1.1 x the time",
+     partial(run, work=busy), partial(pool, work=partial(busy, ctx=discard)), stored(1_000))
+line("lag", 100, "tasks of 50 ms of Python, p99 from a message to its commit", "<= 2 s",
+     lambda size, db: delay(size, db, 8, partial(compute, 2))[int(0.99 * (size - 1))], truth=stored(1_000))
+line("latency", 25, "tasks, one at a time, median from a message to its commit", "<= 0.005 s",
+     lambda size, db: median(delay(size, db, 1, partial(time.sleep, 0.02))), truth=stored(1_000))
+line("busy_processes", 64, "the same tasks on 2 processes | on 8 threads", ">= 1.8 x the speed",
+     partial(on_processes, work=partial(run, work=busy)), partial(run, work=busy), stored(1_000))
+line("executor", 20_000, "tasks that do nothing, 2 processes | submit and result, 8 in flight",
+     ">= 0.9 x the speed", partial(on_processes, work=run), partial(on_processes, work=submit))
+line("returned", 100, "MiB of rows that come back from 2 processes | executor.map and executemany",
+     "<= 1.3 x the time", partial(on_processes, work=partial(run, work=large)), partial(on_processes,
+     work=lambda size, db, executor: sqlite(size, db, executor.map(large, range(size)))), stored(1_000))
 
 
-@measure(ALL_BATCHES)
-def bare_returned(size, db):
-    """executor.map(), and executemany() of what comes back"""
-    with processes() as (executor, seconds):
-        with closing(sqlite3.connect(db)) as conn, conn:
-            conn.execute("PRAGMA journal_mode=WAL")
-            conn.execute("PRAGMA synchronous=NORMAL")
-            conn.execute(SCHEMA)
-            for rows in executor.map(large_rows, range(size)):
-                conn.executemany(INSERT, rows)
-        return seconds()  # with the checkpoint at its end, as ours
-
-
-@measure()
-def busy_pool(size, db):
-    """ThreadPoolExecutor.map, storing nothing"""
-
-    def work(task):
-        compute()
-        deque(entries(task * BATCH, size * BATCH), 0)
-
-    pool(size, db, work)
-
-
-@measure(ALL_DONE, ALL_BATCHES)
-def lag(size, db):
-    """the same: from message to commit, p99"""
-    display = Display()
-
-    def work(task, ctx):
-        for step in range(1, 11):
-            compute(10)
-            display.send(ctx, step, 10)
-        ctx.executemany(INSERT, entries(task * BATCH, size * BATCH))
-
-    run(range(size), db, work, progress=display, schema=SCHEMA)
-    return display.lag(0.99, size * 10)
-
-
-# ---- Workers that wait, and the terminal ---------------------------------------------------------------
-
-
-@measure(ONE_DONE)
-def latency(size, db):
-    """a lone message, until it is committed and shown"""
-    display = Display()
-
-    def work(_, ctx):
-        for step in range(1, size + 1):
-            time.sleep(0.02)
-            display.send(ctx, step, size)
-
-    run([0], db, work, progress=display)
-    return display.lag(0.5, size) * 1_000
-
-
-@contextmanager
-def terminal(expected):
-    """Let sys.stderr be a terminal, whose other end another process reads, as it is with a real one."""
+def terminal(size, db, progress):
     ours, theirs = os.openpty()
-    before = sys.stderr
-    with tempfile.TemporaryFile() as seen:
-        reader = subprocess.Popen(["cat"], stdin=ours, stdout=seen, stderr=subprocess.DEVNULL)
-        os.close(ours)
-        try:
-            with open(theirs, "w", encoding="utf-8") as sys.stderr:
-                yield
-        finally:
-            sys.stderr = before
-            reader.wait(10)
-        seen.seek(0)
-        if expected.encode() not in seen.read():
-            raise Failed(f"the terminal never showed {expected!r}")
+    with tempfile.TemporaryFile() as drawn:
+        reader = subprocess.Popen(["cat"], stdin=ours, stdout=drawn, stderr=subprocess.DEVNULL)
+        with open(theirs, "w", encoding="utf-8") as stream, redirect_stderr(stream):
+            run(size, db, lambda *_: time.sleep(0.001), progress=progress)
+        reader.wait()
+        drawn.seek(0)
+        if progress != "none" and f"{size:,}/{size:,}".encode() not in drawn.read():
+            sys.exit("the bars did not reach their end")
 
 
-@measure(ALL_DONE)
-def bars(size, db, progress="ansi"):
-    """tasks of 1 ms on a terminal"""
-    with terminal("" if progress == "none" else f"{size:,}/{size:,}"):
-        run(range(size), db, lambda *_: time.sleep(0.001), progress=progress)
-
-
-@measure(ALL_DONE)
-def rich(size, db):
-    """the same, drawn by Rich"""
-    bars(size, db, "rich")
-
-
-@measure(ALL_DONE)
-def no_bars(size, db):
-    """progress="none\""""
-    bars(size, db, "none")
-
-
-@measure(ONE_DONE)
-def idle(size, db):
-    """wake-ups a second of an idle run on a terminal"""
-    counts = []
-
-    def wake_ups():
-        texts = [path.read_text() for path in Path("/proc/self/task").glob("*/status")]
-        return sum(int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0]) for text in texts)
-
-    def work(*_):
-        for seconds in (0.3, size / 1_000):  # the first until all has started
-            time.sleep(seconds)
-            counts.append(wake_ups())
-
-    with terminal("1/1"):
-        run([0], db, work, progress="ansi")
-    return (counts[1] - counts[0] - 1) / size * 1_000 if counts[0] else None  # less this worker's own
-
-
-# ---- Memory and start ----------------------------------------------------------------------------------
-
-
-def peak():
-    """The most memory that this process has had, in MiB; None where that is not known."""
-    if not find_spec("resource"):
-        return None
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-@measure(ALL_DONE)
 def memory(size, db):
-    """memory of 1,000,000 streamed tasks"""
-    tasks(size, db)
-    return peak()
+    import resource
+    run(size, db)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def start(size, db, *arguments):
-    """The median milliseconds of new Pythons; one more goes before, as it may have to compile."""
-    cache = {"PYTHONPYCACHEPREFIX": f"{db}-cache", "PYTHONDONTWRITEBYTECODE": ""}
-    env, seconds = {**os.environ, **cache, "PYTHONPATH": str(ROOT)}, []
-    for _ in range(size + 1):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=env)
-        seconds.append(time.perf_counter() - began)
-    return median(seconds[1:]) * 1_000
+def call(size, db, argv):
+    items, folder = "".join(f"{item}\n" for item in range(1, size + 1)), os.path.dirname(pipeloom.__file__)
+    subprocess.run(argv, check=True, cwd=folder, input=items, text=True, stdout=subprocess.DEVNULL)
 
 
-@measure()
-def start_bare(size, db):
-    """a bare interpreter"""
-    return start(size, db, "-c", "pass")
+python = sys.executable
+for name in ("ansi", "rich"):
+    line(f"bars_{name}", 10_000, f"tasks of 1 ms with bars ({name}) on a terminal | without",
+         "<= 1.05 x the time", partial(terminal, progress=name), partial(terminal, progress="none"),
+         needs=find_spec("termios") and (name == "ansi" or find_spec("rich")))
+line("memory", 1_000_000, "tasks from a generator, memory in MiB | 1,000 tasks", "<= 10 MiB more",
+     memory, lambda size, db: memory(min(size, 1_000), db), DONE.replace("= :size", "IN (:size, 1000)"),
+     needs=find_spec("resource"))
+line("start_import", 1, "python -c 'import pipeloom' | python -c pass", "<= 0.035 s more",
+     partial(call, argv=[python, "-c", "import pipeloom"]), partial(call, argv=[python, "-c", "pass"]), None)
+line("start_help", 1, "python -m pipeloom --help", "<= 0.06 s",
+     partial(call, argv=[python, "-m", "pipeloom", "--help"]), truth=None)
+line("sh", 2_000, "short commands by pipeloom.py sh -w 8 | by xargs -P 8", "<= 1.2 x the time",
+     lambda size, db: call(size, db, [python, "pipeloom.py", "sh", "--db", db, "-w", "8", ": {}"]),
+     partial(call, argv=["xargs", "-P", "8", "-I{}", "sh", "-c", ": {}"]),
+     needs=os.name == "posix" and shutil.which("xargs"))
+
+# ---- How it is measured --------------------------------------------------------------------------------
 
 
-@measure()
-def start_import(size, db):
-    """import pipeloom"""
-    return start(size, db, "-c", "import pipeloom")
+def one(name, side, size, db):
+    """What the fresh Python does."""
+    began, size = time.perf_counter(), int(size)
+    value = getattr(LINES[name], side)(size, db)
+    print(time.perf_counter() - began if value is None else value)
+    truth = LINES[name].truth if side == "ours" or os.path.exists(db) else None
+    if truth and sqlite3.connect(db).execute(truth, {"size": size}).fetchone() != (1,):
+        sys.exit(f"not true of the database: {truth}")
 
 
-@measure()
-def start_help(size, db):
-    """python -m pipeloom --help"""
-    return start(size, db, "-m", "pipeloom", "--help")
-
-
-# ---- What only --scaling measures ----------------------------------------------------------------------
-
-
-@measure(ALL_DONE.replace(":size", str(TASKS)))
-def workers(size, db):
-    """workers, for 20,000 tasks"""
-    run(range(TASKS), db, nothing, workers=size)
-
-
-@measure(ALL_DONE)
-def running(size, db):
-    """tasks running at once on a terminal, less the second that they sleep"""
-
-    def work(_, ctx):
-        for step in (1, 2):
-            time.sleep(0.5)
-            ctx.progress(step, 2)
-
-    began = time.perf_counter()
-    with terminal(f"{size:,}/{size:,}"):
-        run(range(size), db, work, workers=size, progress="ansi")
-    return time.perf_counter() - began - 1
-
-
-@measure(ALL_DONE)
-def chain(size, db):
-    """tasks, each after the one before"""
-    pipe = pipeloom.Pipeline(db, workers=WORKERS, progress="none")
-    for number in range(size):
-        pipe.task(nothing, name=f"link {number}", after=f"link {number - 1}" if number else ())
-    pipe.run()
-
-
-@measure(ALL_DONE.replace(":size", ":size + 2"))
-def fan(size, db):
-    """tasks after one task, and one after them all"""
-    pipe = pipeloom.Pipeline(db, workers=WORKERS, progress="none")
-    pipe.task(nothing, name="first")
-    pipe.task(nothing, name="item", each=lambda: iter(range(size)), after="first")
-    pipe.task(nothing, name="last", after="item")
-    pipe.run()
-
-
-@measure(ALL_DONE.replace(":size", ":size * :size"))
-def layers(size, db):
-    """layers of as many tasks, each after all of the layer before"""
-    pipe = pipeloom.Pipeline(db, workers=WORKERS, progress="none")
-    for number in range(size):
-        after = f"layer {number - 1}" if number else ()
-        pipe.task(nothing, name=f"layer {number}", each=range(size), after=after)
-    pipe.run()
-
-
-@measure(ALL_DONE, "SELECT done = 0 AND skipped = :size FROM pipeline_runs WHERE id = 2")
-def resume(size, db):
-    """done tasks that a second run skips"""
-    tasks(size, db)
-    began = time.perf_counter()
-    run(iter(range(size)), db, nothing, resume=True)
-    return time.perf_counter() - began
-
-
-@measure(ALL_DONE.replace(":size", f":size + {TASKS}"))
-def old_rows(size, db):
-    """tasks in the database before, for 20,000 more"""
-    with closing(pipeloom.connect(db)) as conn, conn:
-        pipeloom.init_schema(conn, store_task_status=True)
-        old = ((number, f"old {number}", "done") for number in range(1, size + 1))
-        conn.executemany("INSERT INTO task_runs(id, name, status) VALUES (?, ?, ?)", old)
-    began = time.perf_counter()
-    run(iter(range(TASKS)), db, nothing)
-    return time.perf_counter() - began
-
-
-# ---- The two tables ------------------------------------------------------------------------------------
-
-
-class Line(NamedTuple):
-    """A measurement, and the aim of its ratio to another, of its difference from that, or of itself."""
-
-    ours: str
-    size: int
-    unit: str
-    how: str
-    aim: str = ""
-    other: str = ""
-    other_size: int = 0
-    rounds: int = 1_000
-    needs: str = ""  # modules; where one is missing the line is left out
-
-
-LINES = [
-    Line("tasks", 50_000, "/s", "ratio", ">= 1", "pool", 50_000),
-    Line("listed", 50_000, "/s", "ratio", ">= 1", "pool", 50_000),
-    Line("original", 50_000, "/s", "ratio", ">= 1", "discarded", 50_000),
-    Line("by_hand", 4_000, "/s", "ratio", "", "pool", 50_000),
-    Line("huey", 300, "/s", "ratio", "", "pool", 50_000, needs="huey"),
-    Line("messages", 200_000, "/s", "ratio", ">= 1", "pump", 200_000),
-    Line("execute", 400_000, "/s", "ratio", ">= 1", "raw", 400_000),
-    Line("executemany", 400_000, "/s", "ratio", ">= 1.2", "raw", 400_000),
-    Line("sqlitedict", 20_000, "/s", "ratio", "", "raw", 400_000, needs="sqlitedict"),
-    Line("one_row", 20_000, "/s", "ratio", ">= 0.9", "pool_row", 20_000),
-    Line("ten_rows", 20_000, "/s", "ratio", ">= 0.9", "pool_ten", 20_000),
-    Line("busy", 16, " s", "ratio", "<= 1.10", "busy_pool", 16),
-    Line("busy_processes", 64, "/s", "ratio", ">= 1.8", "busy", 64),
-    Line("executor", 20_000, "/s", "ratio", ">= 0.9", "bare_executor", 20_000),
-    Line("returned", 100, " s", "ratio", "<= 1.3", "bare_returned", 100),
-    Line("lag", 40, " s", "itself", "< 2"),
-    Line("latency", 25, " ms", "itself", "<= 5"),
-    Line("idle", 1_000, "", "itself", "<= 20", needs="termios"),
-    Line("bars", 10_000, " s", "ratio", "<= 1.05", "no_bars", 10_000, needs="termios"),
-    Line("rich", 10_000, " s", "ratio", "<= 1.05", "no_bars", 10_000, needs="termios rich"),
-    Line("memory", 1_000_000, " MiB", "difference", "<= 10", "memory", 1_000, rounds=1, needs="resource"),
-    Line("start_import", 3, " ms", "difference", "<= 35", "start_bare", 3),
-    Line("start_help", 3, " ms", "itself", "<= 60"),
-]
-GROWTHS = {  # by measurement: its sizes, and of how many things each is the cost
-    "tasks": ([1_000, 10_000, 100_000, 1_000_000], lambda size: size),
-    "executemany": ([10_000, 100_000, 1_000_000, 10_000_000], lambda size: size),
-    "workers": ([1, 4, 16, 64, 256], lambda _: TASKS),
-    "running": ([8, 100, 1_000, 10_000] if find_spec("termios") else [], lambda size: size),
-    "chain": ([1_000, 10_000, 100_000], lambda size: size),
-    "fan": ([10_000, 100_000, 1_000_000], lambda size: size),
-    "layers": ([10, 100, 1_000], lambda size: size * size),
-    "resume": ([10_000, 100_000, 1_000_000], lambda size: size),
-    "old_rows": ([10_000, 100_000, 1_000_000, 10_000_000], lambda _: TASKS),
-}
-COMPARE = {"ratio": operator.truediv, "difference": operator.sub, "itself": lambda ours, _: ours}
-SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt}
-
-
-def fresh(name, size, deadline):
-    """Measure in a new Python; the folder of its temporary files goes, however it ended."""
-    tell(f"{name} {size:,}")
+def fresh(*arguments):
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--one", name, str(size)]
-        env = {**os.environ, "TMPDIR": folder, "TEMP": folder, "TMP": folder}
-        try:
-            ended = subprocess.run(command, capture_output=True, timeout=deadline, env=env, text=True)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"{name}: no end after {deadline} s") from None
-    if ended.returncode:
-        reason = ended.stderr.strip() or f"exit code {ended.returncode}"
-        raise Failed(f"{name}: {reason.splitlines()[-1]}")
-    return json.loads(ended.stdout)
+        command = [sys.executable, __file__, "--one", *arguments, os.path.join(folder, "benchmark.db")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise ChildProcessError(done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}")
+    return float(done.stdout)
 
 
-def one(name, size):
-    """What that new Python does."""
-    with tempfile.TemporaryDirectory() as folder:
-        value = MEASURES[name](size, os.path.join(folder, "benchmark.db"))
-    return {"value": value, "peak": peak()}
+def measured(name, rounds, limit):
+    line, found = LINES[name], []
+    row = {"name": name, "size": min(line.size, limit), "what": line.what, "aim": line.aim}
+    sign, aim, unit = line.aim.split(" ", 2)
+    try:
+        for _ in range(1 if name == "memory" else rounds):  # which takes long, and hardly varies
+            ours = fresh(name, "ours", str(row["size"]))
+            other = fresh(name, "other", str(row["size"])) if line.other else 0
+            value = {"x the speed": other / ours, "x the time": ours / (other or 1)}.get(unit, ours - other)
+            found.append((ours, other, value))  # of one round, in which the machine is as fast for both
+    except (ChildProcessError, subprocess.TimeoutExpired) as error:
+        return {**row, "verdict": "FAILED", "reason": str(error)}
+    ours, other, value = map(median, zip(*found))
+    met = value >= float(aim) if sign == ">=" else value <= float(aim)
+    return {**row, "ours": ours, "other": other, "value": value, "verdict": "met" if met else "missed"}
 
 
-def table(only, limit, rounds):
-    """The rows of the table."""
-    lines = [line for line in LINES if only in line.ours and all(map(find_spec, line.needs.split()))]
-    pairs, failed = defaultdict(list), {}
-    for turn in range(rounds):
-        known = {}  # in this round, as several lines may be compared with the same
-
-        def measured(name, size, unit, known=known):
-            size = min(size, limit)
-            if (name, size) not in known:
-                known[name, size] = fresh(name, size, DEADLINE)["value"]
-            value = known[name, size]
-            return value if unit != "/s" else size / value
-
-        for line in lines:
-            if line not in failed and turn < line.rounds:
-                try:
-                    other = measured(line.other, line.other_size, line.unit) if line.other else None
-                    pairs[line].append((measured(line.ours, line.size, line.unit), other))
-                except Failed as error:
-                    failed[line] = str(error)
-    for line in lines:
-        row = {"name": line.ours, "what": MEASURES[line.ours].title, "unit": line.unit, "how": line.how}
-        if line in failed:
-            yield {**row, "verdict": "FAILED", "reason": failed[line]}
-        elif pairs[line][0][0] is None:
-            yield {**row, "verdict": "n/a"}
-        else:
-            yield {**row, **judged(line, pairs[line])}
-
-
-def judged(line, pairs):
-    """The medians of the rounds, and whether the aim is met."""
-    values = [COMPARE[line.how](*pair) for pair in pairs]
-    row = {"measured": median(ours for ours, _ in pairs), "value": median(values), "values": values}
-    if line.other:
-        title = MEASURES[line.other].title if line.other != line.ours else f"of {line.other_size:,}"
-        row.update(other=title, compared=median(other for _, other in pairs))
-    sign, _, aim = line.aim.partition(" ")
-    met = SIGNS[sign](row["value"], float(aim)) if sign else None
-    return {**row, "aim": line.aim, "verdict": {True: "met", False: "missed", None: ""}[met]}
-
-
-def line_text(row):
-    if "value" not in row:
-        return f"{row['what']:<54} {row['verdict']} {row.get('reason', '')}"
-    unit = row["unit"]
-    value = number(row["value"]) + (" x" if row["how"] == "ratio" else unit)
-    text = f"{row['what']:<54}{number(row['measured']) + unit:>11}{value:>10} {row['aim']:<7}"
-    other = f"{number(row['compared']) + unit:>11} {row['other']}" if "other" in row else ""
-    return f"{text} {row['verdict']:<6} {other}".rstrip()
-
-
-def scaling(only, limit, _):
-    """The rows of --scaling, each as soon as it is known."""
-    for name, (sizes, things) in GROWTHS.items():
-        before = None  # what one thing cost at the size before
-        for size in sorted({min(size, limit) for size in sizes}) if only in name else ():
-            row = {"name": name, "what": MEASURES[name].title, "size": size}
-            try:
-                found = fresh(name, size, LATE_DEADLINE)
-            except Failed as error:
-                yield {**row, "verdict": "FAILED", "reason": str(error)}
-                break
-            each = found["value"] / things(size) * 1e6
-            times = each / before if before else None
-            yield {**row, "seconds": found["value"], "us_each": each, "times": times, "mib": found["peak"]}
-            before = each
-
-
-def growth_text(row):
-    text = f"{row['size']:>10,} {row['what']:<71}"
-    if "verdict" in row:
-        return f"{text} {row['verdict']} {row['reason']}"
-    times, mib = f"x {row['times']:.2f}" if row["times"] else "", f"{row['mib'] or 0:,.0f} MiB"
-    return f"{text} {row['seconds']:>8.2f} s {number(row['us_each']):>8} us each {times:>7} {mib:>9}"
-
-
-def number(value):
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
-
-
-def tell(text):
-    """Say on one line of a terminal what is being measured now."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
-
-
-def machine():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    system = f"{cores} cores, {platform.system()} {platform.machine()}"
-    return f"pipeloom {pipeloom.__version__}, {python}, SQLite {sqlite3.sqlite_version}, {system}"
-
-
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--scaling", action="store_true", help="how cost grows with size")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of the table (default: 5)")
+    parser.add_argument("--only", default="", metavar="NAME", help="the lines with this in their name")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (5)")
     parser.add_argument("--limit", type=int, default=10**9, metavar="SIZE", help="measure no larger size")
-    parser.add_argument("--only", default="", metavar="NAME", help="measurements with this in their name")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "SIZE"), help="one measurement, in this process")
-    args = parser.parse_args(argv)
-    if args.one:
-        print(json.dumps(one(args.one[0], int(args.one[1]))))
-        return 0
-    if not args.json:
-        print(machine(), flush=True)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    cache = tempfile.TemporaryDirectory()  # so that no start that is measured has to compile
+    os.environ.update(PYTHONPYCACHEPREFIX=cache.name, PYTHONDONTWRITEBYTECODE="")
+    versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} cores"
+    print(f"pipeloom {pipeloom.__version__}, {versions}; seconds: ours | the other", file=sys.stderr)
     rows = []
-    for row in (scaling if args.scaling else table)(args.only, max(args.limit, 1), max(args.rounds, 1)):
-        rows.append(row)
+    for name in [name for name in LINES if args.only in name] or parser.error("--only: no such line"):
+        rows.append(measured(name, max(args.rounds, 1), max(args.limit, 1)))
         if not args.json:
-            tell("")
-            print((growth_text if args.scaling else line_text)(row), flush=True)
-    if not rows:
-        parser.error(f"--only {args.only}: no measurement of this table has that in its name")
+            text = "{name:<14}{ours:>8.3g} |{other:>8.3g}{value:>9.3g} {aim:<18} {verdict:<7}{size:,} {what}"
+            print((text if "value" in rows[-1] else "{name} FAILED {reason}").format(**rows[-1]), flush=True)
     if args.json:
-        print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    return int(any(row.get("verdict") == "FAILED" for row in rows))
+        print(json.dumps(rows, indent=1))
+    return int(any(row["verdict"] == "FAILED" for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(one(*sys.argv[2:]) if sys.argv[1:2] == ["--one"] else main())

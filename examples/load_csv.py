@@ -1,80 +1,54 @@
-"""Load every CSV file of a folder into SQLite, a task a file, through messages and a handler.
+"""Load every CSV file of a folder into the table `line` of load_csv.db, one task a file.
 
-    python examples/load_csv.py [FOLDER]
+    python examples/load_csv.py FOLDER [--resume] [-w 8]     # its *.csv; --help lists all options
+    python examples/load_csv.py                              # the RECORD files of the installed packages
 
-No worker has a connection: it sends what it reads as a message, and the handler upserts it in the writer.
-A second run changes nothing. Without a folder it loads the RECORD files of the packages installed in the
-Python that runs it: each is a CSV file of path, hash and size.
+A second run reads the files again and changes nothing, unless they have changed: then the database has their
+new lines, and no old ones. With --resume it loads only the files that are not loaded yet.
 """
 
 import csv
 import json
 import sys
-from dataclasses import dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where pipeloom.py is
 
-import pipeloom  # noqa: E402
+from pipeloom import Pipeline  # noqa: E402
 
-DATABASE = "load_csv.db"
-BATCH = 500  # lines in a message
-SCHEMA = """
-    CREATE TABLE IF NOT EXISTS line(file TEXT, number INTEGER, fields TEXT, PRIMARY KEY(file, number));
-"""
+LINE = "CREATE TABLE IF NOT EXISTS line(file TEXT, number INTEGER, fields TEXT, PRIMARY KEY (file, number))"
+pipe = Pipeline("load_csv.db", schema=LINE)
+folder = None
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Some lines of a file, as (file, number, fields)."""
-
-    rows: list
-
-
-def load(path, q):
-    """The worker: read one file, send what it holds."""
-    with open(str(path), newline="", encoding="utf-8", errors="replace") as file:
-        batch = []
-        for number, fields in enumerate(q.track(csv.reader(file)), 1):
-            batch.append((str(path), number, json.dumps(fields)))
-            if len(batch) == BATCH:
-                q.put(Lines(batch))
-                batch = []
-        q.put(Lines(batch))
-
-
-def upsert(conn, lines):
-    """The handler, in the writer's thread and transaction."""
-    conn.executemany("INSERT OR REPLACE INTO line VALUES (?, ?, ?)", lines.rows)
-
-
-def files(arguments):
-    if arguments:
-        folder = Path(arguments[0])
-        if not folder.is_dir():
-            print(f"load_csv: {str(folder)!r} is no folder; name one that holds CSV files", file=sys.stderr)
-            sys.exit(2)
+def files():
+    if folder:
         return sorted(folder.glob("*.csv"))
-    records = {
-        Path(str(d.locate_file(f))) for d in distributions() for f in d.files or () if f.name == "RECORD"
-    }
-    return sorted(path for path in records if path.is_file())
+    # What pip has installed: each RECORD is a CSV file of path, hash and size.
+    return sorted({path for place in sys.path for path in Path(place).glob("*.dist-info/RECORD")})
 
 
-def count_lines(path):
-    with open(str(path), newline="", encoding="utf-8", errors="replace") as file:
-        return sum(1 for _ in csv.reader(file))
+@pipe.task(each=files)
+def load(ctx, path):
+    ctx.execute("DELETE FROM line WHERE file = ?", (str(path),))  # there may be fewer lines than last time
+    with path.open(newline="", encoding="utf-8-sig") as file:  # -sig: Excel begins a file with such a mark
+        lines = enumerate(ctx.track(csv.reader(file)), 1)
+        rows = ((str(path), number, json.dumps(fields)) for number, fields in lines)
+        ctx.executemany("INSERT INTO line VALUES (?, ?, ?)", rows)
 
 
-def main():
-    paths = files(sys.argv[1:])
-    result = pipeloom.run_pipeline(
-        paths, DATABASE, worker_fn=load, workers=4, schema=SCHEMA, handlers={Lines: upsert}
-    )
-    held = sum(map(count_lines, paths))
-    print(f"{result.done} files are in {DATABASE}; they hold {held} lines")
+@pipe.task(after=load)
+def report(ctx):
+    with ctx.connect() as db:
+        files, lines = db.execute("SELECT count(DISTINCT file), count(*) FROM line").fetchone()
+    print(f"{files} files in the database hold {lines} lines")
 
 
 if __name__ == "__main__":
-    main()
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        folder = Path(arguments.pop(0))
+        if not folder.is_dir():
+            print(f"load_csv: {str(folder)!r} is no folder; name one that holds CSV files", file=sys.stderr)
+            sys.exit(2)
+    pipe.main(arguments)
