@@ -4708,19 +4708,21 @@ class _Shell:
     """Runs the commands of `sh`, each in a process group of its own. Workers' threads enter it.
 
     A process of ours, the keeper, is told which groups have begun and ended. It ends those that are cut off,
-    what a command leaves in the background, and all of them if this process is gone, even by SIGKILL.
+    what a command leaves in the background, and all of them if this process is gone, even by SIGKILL. Each
+    system call costs a turn at the GIL: where a command writes nothing, there are as few as can be.
     """
 
     def __init__(self, quiet: bool, tag: bool) -> None:
-        self._quiet, self._tag = quiet, tag
+        self._sinks: list[Any] = [None, None] if quiet else [sys.stdout, sys.stderr]
+        self._tag = tag
         self._printing = threading.Lock()  # held while the output of one command is copied
-        self._telling = threading.Lock()  # guards the keeper's stdin
         self._busy: dict[int, threading.Thread] = {}  # by task_id; some may be of attempts that were cut off
 
     def __enter__(self) -> Any:
         from inspect import getsource
         from subprocess import DEVNULL, PIPE, Popen
 
+        self._stdin = open(os.devnull, "rb")
         program = f"{getsource(_keep)}\n_keep({KILL_AFTER})"
         self._keeper: Any = Popen(
             [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
@@ -4729,12 +4731,12 @@ class _Shell:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._telling:
-            self._keeper.stdin.close()  # it ends what is left, and then itself
+        self._tell("over", 0)  # it ends what is left, and then itself
         self._keeper.wait()
         until = time.monotonic() + GRACE
         for thread in list(self._busy.values()):  # prints what its command has written
             thread.join(max(until - time.monotonic(), 0.0))
+        self._stdin.close()
 
     def run(self, command: _Command, ctx: _Attempt) -> str:
         """The function of the tasks: run a command; returns the last of what that wrote to stdout."""
@@ -4745,22 +4747,24 @@ class _Shell:
             ctx.check()
         self._busy[ctx.task_id] = threading.current_thread()
         try:
-            with TemporaryFile() as out, TemporaryFile() as err:
+            with TemporaryFile(buffering=0) as out, TemporaryFile(buffering=0) as err:
                 code = self._wait(command, ctx, out, err)
-                self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
+                sizes = out.seek(0, os.SEEK_END), err.seek(0, os.SEEK_END)
+                if any(sizes):
+                    self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
                 if code == 0:
-                    return _end_of(out)
+                    return _end_of(out, sizes[0])
                 how = f"exit {code}" if code > 0 else signal.Signals(-code).name
-                last = _end_of(err).rpartition("\n")[2].strip()
+                last = _end_of(err, sizes[1]).rpartition("\n")[2].strip()
                 raise _ToldError(f"{how}: {last}" if last else how, None, how)
         finally:
             self._busy.pop(ctx.task_id, None)
 
     def _wait(self, command: _Command, ctx: _Attempt, out: Any, err: Any) -> int:
-        from subprocess import DEVNULL, Popen
+        from subprocess import Popen
 
         options: Any = {"shell": True, "start_new_session": True, "close_fds": False}  # which saves a tenth
-        with Popen(command.name, stdin=DEVNULL, stdout=out, stderr=err, **options) as process:
+        with Popen(command.name, stdin=self._stdin, stdout=out, stderr=err, **options) as process:
             if not self._tell("begun", process.pid):
                 process.kill()
             ctx.on_cancel = partial(self._tell, "cut", process.pid)
@@ -4772,25 +4776,23 @@ class _Shell:
         return int(process.returncode)
 
     def _tell(self, event: str, pid: int) -> bool:
-        """Tell the keeper; False if it is gone: the run has ended, or somebody has killed it."""
-        with self._telling, suppress(OSError, ValueError):
+        """Tell the keeper; False if it is gone: the run is over, or somebody has killed it."""
+        with suppress(OSError):
             return bool(os.write(self._keeper.stdin.fileno(), f"{event} {pid}\n".encode()))
         return False
 
-    def _print(self, command: _Command, out: Any, err: Any) -> None:
-        files = [(file, stream) for file, stream in ((out, sys.stdout), (err, sys.stderr)) if file and stream]
-        if self._quiet or not any(os.fstat(file.fileno()).st_size for file, _ in files):
-            return
+    def _print(self, command: _Command, *files: Any) -> None:
         tag = os.fsencode(f"{command.item}\t") if self._tag else b""
         with self._printing:
-            for file, stream in files:
+            for at, file in enumerate(files):
                 try:
-                    _copy(file, stream, tag)
-                except BrokenPipeError:
-                    self._quiet = True  # `| head` has seen enough
+                    if file and self._sinks[at]:
+                        _copy(file, self._sinks[at], tag)
                 except OSError as error:
-                    told = f"cannot write its output: {error.strerror}"
-                    raise _ToldError(told, None, told) from None
+                    if at == 0 and not isinstance(error, BrokenPipeError):
+                        told = f"cannot write its output to stdout: {error.strerror}"
+                        raise _ToldError(told, None, told) from None
+                    self._sinks[at] = None  # `| head` has seen enough
 
 
 def _copy(file: Any, stream: Any, tag: bytes) -> None:
@@ -4798,30 +4800,32 @@ def _copy(file: Any, stream: Any, tag: bytes) -> None:
 
     def lines() -> Iterator[bytes]:
         begins = True
-        for piece in iter(partial(file.readline, BLOCK), b""):
+        for piece in iter(partial(source.readline, BLOCK), b""):
             yield tag + piece if begins else piece
             begins = piece.endswith(b"\n")
 
     file.seek(0)
-    if _is_terminal(stream):
-        for line in lines():  # whole ones, which come above the bars
-            stream.write(line.decode(errors="backslashreplace").rstrip("\n") + "\n")
-    else:
-        with open(os.dup(stream.fileno()), "wb") as sink:  # as they are: they may be no text
-            sink.writelines(lines())
+    with open(os.dup(file.fileno()), "rb") as source:
+        if _is_terminal(stream):
+            for line in lines():  # whole ones, which come above the bars
+                stream.write(line.decode(errors="backslashreplace").rstrip("\n") + "\n")
+        else:
+            with open(os.dup(stream.fileno()), "wb") as sink:  # as they are: they may be no text
+                sink.writelines(lines())
 
 
-def _end_of(file: Any) -> str:
-    size = os.fstat(file.fileno()).st_size
+def _end_of(file: Any, size: int) -> str:
+    """The last of what a file holds."""
+    if not size:
+        return ""
     file.seek(max(size - BLOCK, 0))
-    return str(file.read().decode(errors="backslashreplace").rstrip("\n")) if size else ""
+    return str(file.read(BLOCK).decode(errors="backslashreplace").rstrip("\n"))
 
 
 def _keep(patience: float) -> None:
     """The program of the keeper, which has nothing else of this file."""
     import os
     import subprocess
-    import sys
     import threading
     import time
 
@@ -4842,15 +4846,17 @@ def _keep(patience: float) -> None:
         for pid in groups:
             send(pid, 9)
 
-    live = set()
-    for line in sys.stdin:
-        event, pid = line.split()[0], int(line.split()[1])
-        if event == "begun":
-            live.add(pid)
-        elif pid in live:
-            live.discard(pid)
-            if (event == "cut" or os.name == "posix") and send(pid, 15):
-                threading.Thread(target=end, args=[{pid}]).start()
+    live, words = set(), [""]
+    while words and "over" not in words:
+        words = os.read(0, 2**16).decode().split()
+        for event, pid in zip(words[::2], map(int, words[1::2])):
+            if event == "begun":
+                live.add(pid)
+            elif pid in live:
+                live.discard(pid)
+                if (event == "cut" or os.name == "posix") and send(pid, 15):
+                    threading.Thread(target=end, args=[{pid}]).start()
+        time.sleep(0 if "over" in words else 0.02)  # to be woken for each word would cost much
     end({pid for pid in live if send(pid, 15)})
 
 

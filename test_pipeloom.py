@@ -5721,7 +5721,7 @@ def test_status_takes_the_lock_where_a_run_without_wal_is_between_two_transactio
     opened, connect = [], pipeloom._connect_readonly
 
     def spied(*arguments, **options):
-        opened.append(options["idle"])
+        opened.extend(options.values())
         return connect(*arguments, **options)
 
     monkeypatch.setattr(pipeloom, "_connect_readonly", spied)
