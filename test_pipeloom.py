@@ -5721,7 +5721,7 @@ def test_status_takes_the_lock_where_a_run_without_wal_is_between_two_transactio
     opened, connect = [], pipeloom._connect_readonly
 
     def spied(*arguments, **options):
-        opened.extend(options.values())
+        opened.extend([options["idle"]] if "idle" in options else [])
         return connect(*arguments, **options)
 
     monkeypatch.setattr(pipeloom, "_connect_readonly", spied)
@@ -6267,7 +6267,7 @@ def test_sh_fails_a_command_whose_output_cannot_be_written_and_goes_on_where_nob
             cwd=str(home), stdout=full, stderr=subprocess.PIPE, universal_newlines=True, timeout=60,
         )  # fmt: skip
     assert done.returncode == 1 and "2 failed, 1 cause" in done.stderr
-    assert "cannot write its output: No space left on device" in done.stderr
+    assert "cannot write its output to stdout: No space left on device" in done.stderr
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as nobody:
@@ -6302,27 +6302,29 @@ LEAVES = "echo $$ > {}.pid; (trap '' TERM; sh -c 'echo $$ > {}-child.pid; sleep 
 
 
 @needs_linux
-@pytest.mark.parametrize("ending", ["ends", "time-out", "Ctrl-C", "SIGTERM", "SIGKILL"])
-def test_no_process_of_sh_outlives_the_run(home, ending):
+def test_no_process_of_sh_outlives_the_run(homes):
     """Not even one in the background that ignores SIGTERM."""
-    command = LEAVES + ("sleep 0.3" if ending == "ends" else "echo waits; wait; sleep 60")
-    options = ["--timeout", "0.5"] if ending == "time-out" else []
-    with sh_begun(home, *options, "-w", "2", command, "a", "b") as process:
-        wait_for(lambda: len([file for file in home.glob("*-child.pid") if file.read_text()]) == 2)
-        if ending == "SIGKILL":
-            process.kill()
-        elif ending in ("Ctrl-C", "SIGTERM"):
-            number = signal.SIGINT if ending == "Ctrl-C" else signal.SIGTERM
-            process.send_signal(number)
-            threading.Event().wait(0.3)  # no signal counts twice if the first is still to be delivered
-            process.send_signal(number)
-        out, err = process.communicate(timeout=WAIT)
-    codes = {"ends": 0, "time-out": 1, "Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -9}
-    assert process.returncode == codes[ending], err
-    if ending == "time-out":
-        assert out == "waits\n" * 2 and "2 failed, 1 cause" in err and "timed out after 0.5 s" in err
-    if ending in ("Ctrl-C", "SIGTERM"):
-        assert "2 cancelled" in err
+
+    def one(ending, expected):
+        home = homes()
+        command = LEAVES + ("sleep 0.3" if ending == "ends" else "echo waits; wait; sleep 60")
+        options = ["--timeout", "0.5"] if ending == "time-out" else []
+        with sh_begun(home, *options, "-w", "2", command, "a", "b") as process:
+            wait_for(lambda: len([file for file in home.glob("*-child.pid") if file.read_text()]) == 2)
+            if ending == "SIGKILL":
+                process.kill()
+            elif ending in ("SIGINT", "SIGTERM"):
+                process.send_signal(getattr(signal, ending))
+                threading.Event().wait(0.3)  # so that the first is delivered
+                process.send_signal(getattr(signal, ending))
+            out, err = process.communicate(timeout=WAIT)
+        assert process.returncode == expected, err
+        if ending == "time-out":
+            assert out == "waits\n" * 2 and "2 failed, 1 cause" in err and "timed out after 0.5 s" in err
+        if ending in ("SIGINT", "SIGTERM"):
+            assert "2 cancelled" in err
+
+    at_once(one, [("ends", 0), ("time-out", 1), ("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 
 
 @needs_linux
@@ -6877,6 +6879,59 @@ def test_the_first_program_of_the_readme_runs(home):
     python("program.py", cwd=home, code=0)
     (database,) = home.glob("*.db")  # and its lock beside it
     assert {row[2] for row in rows(database)} == {"done"}
+
+
+@pytest.fixture
+def as_in_the_readme(home):
+    """Runs a command line of the README in a folder with its first program; returns the exit code and what was said."""
+    (home / "job.py").write_text(readme_blocks("python")[0])
+    (home / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / "python3").chmod(0o755)
+    env = {**os.environ, "PATH": f"{home}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+    options = {"shell": True, "cwd": str(home), "env": env, "universal_newlines": True, "timeout": 60}
+
+    def one(command):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+        return done.returncode, done.stdout
+
+    return one
+
+
+@needs_posix
+def test_the_transcripts_of_the_readme_are_true(as_in_the_readme):
+    def alike(text):
+        text = re.sub(r"\d\d:\d\d:\d\d|\d+\.\d s|[\d.]+K", "N", text)
+        text = re.sub(r"cd \S+ && (\S+) job", "python3 job", text)
+        return sorted(line for line in text.splitlines() if line)
+
+    as_in_the_readme("echo x > a.log; echo y > b.log")
+    for block in readme_blocks("text"):
+        for part in block[2:].split("\n$ "):
+            command, _, said = part.partition("\n")
+            assert alike(as_in_the_readme(command)[1]) == alike(said), command
+
+
+@needs_posix
+def test_every_command_of_the_readme_runs(as_in_the_readme):
+    text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split("\n"))
+    commands = [command.strip() for command in readme_blocks("sh") if "pip install" not in command]
+    commands += re.findall("`(python3 [^`]+)`", text)
+    commands += [f"python3 job.py {options}" for options in re.findall("`(--resume --[^`]+)`", text)]
+    commands += re.findall("`15 2 .*? cd /srv/sales && ([^`]+)`", text)
+    commands += [command.rstrip("&") for command in re.findall("`(nohup [^`]+)`", text)]
+    assert len(commands) >= 10
+    assert as_in_the_readme("mkdir incoming; echo tea,3 > incoming/a.csv; echo true > commands.txt; python3 job.py")[0] == 0
+    for command in commands:
+        if "benchmark" not in command:  # it takes minutes
+            assert as_in_the_readme(command)[0] == 0, command
+    assert 'docker run --rm -it -v "$PWD":/w -w /w python:3-alpine python pipeloom.py demo' in text
+
+
+def test_the_readme_is_short_and_names_only_files_that_are_there():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    for path in re.findall(r"\((examples/[^)]+)\)|`(examples/\w+\.\w+)", text):
+        assert (HERE / "".join(path)).exists()
 
 
 def test_every_program_of_the_readme_compiles():
