@@ -568,10 +568,10 @@ def wal_checkpoint(conn: sqlite3.Connection, mode: str = "TRUNCATE") -> None:
 
 def _statements(script: str) -> Iterator[str]:
     """The statements of a script, one at a time: executescript would commit the open transaction."""
-    statement = ""
+    statement, is_whole = "", getattr(sqlite3, "complete_statement", bool)  # PyPy lacks it
     for piece in re.split("(;)", script):
         statement += piece
-        if piece == ";" and sqlite3.complete_statement(statement):
+        if piece == ";" and is_whole(statement):
             yield statement
             statement = ""
     if re.sub(r"--[^\n]*|/\*.*?\*/", "", statement, flags=re.DOTALL).strip(" \t\r\n;"):
@@ -4671,6 +4671,10 @@ def demo_worker(task: Task, q: Any) -> None:
 BLOCK = 2**16  # bytes: the most of a line that is read at once, and of the output that is stored
 KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
 
+# What a shell does first: say who it is, to a pipe that it has as stdin. So the keeper knows of each command
+# before that begins, whatever becomes of us.
+HERALD = "echo begun $$ >&0; exec </dev/null; "
+
 _Command = namedtuple("_Command", "name item")  # the whole text of one, which is its task's name
 
 
@@ -4691,8 +4695,6 @@ def _commands(template: str | None, items: Iterable[str]) -> Iterator[_Command]:
 
 def _stdin_items(end: bytes) -> Iterator[str]:
     """What stdin holds, as it comes; each item ends with a newline, or with NUL."""
-    if sys.stdin is None:
-        raise UsageError("stdin is closed; pass items as arguments, or one a line on stdin")
     if sys.stdin.isatty():
         _say("pipeloom: reading from the terminal, one item a line; end with Ctrl-D")
     stdin: Any = sys.stdin.buffer
@@ -4722,7 +4724,6 @@ class _Shell:
         from inspect import getsource
         from subprocess import DEVNULL, PIPE, Popen
 
-        self._stdin = open(os.devnull, "rb")
         program = f"{getsource(_keep)}\n_keep({KILL_AFTER})"
         self._keeper: Any = Popen(
             [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
@@ -4731,22 +4732,25 @@ class _Shell:
         return self
 
     def __exit__(self, *_: object) -> None:
+        from subprocess import TimeoutExpired
+
         self._tell("over", 0)  # it ends what is left, and then itself
-        self._keeper.wait()
         until = time.monotonic() + GRACE
+        with suppress(TimeoutExpired):  # somebody has stopped it
+            self._keeper.wait(GRACE)
         for thread in list(self._busy.values()):  # prints what its command has written
             thread.join(max(until - time.monotonic(), 0.0))
-        self._stdin.close()
 
     def run(self, command: _Command, ctx: _Attempt) -> str:
         """The function of the tasks: run a command; returns the last of what that wrote to stdout."""
         from tempfile import TemporaryFile
 
-        if ctx.task_id in self._busy:
-            self._busy[ctx.task_id].join(GRACE)  # the attempt before timed out, and is being ended
-            ctx.check()
-        self._busy[ctx.task_id] = threading.current_thread()
+        me, before = threading.current_thread(), self._busy.get(ctx.task_id)
+        self._busy[ctx.task_id] = me
         try:
+            if before is not None:  # the attempt before timed out, and is not gone yet
+                before.join(KILL_AFTER)
+                ctx.check()
             with TemporaryFile(buffering=0) as out, TemporaryFile(buffering=0) as err:
                 code = self._wait(command, ctx, out, err)
                 sizes = out.seek(0, os.SEEK_END), err.seek(0, os.SEEK_END)
@@ -4754,19 +4758,22 @@ class _Shell:
                     self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
                 if code == 0:
                     return _end_of(out, sizes[0])
-                how = f"exit {code}" if code > 0 else signal.Signals(-code).name
-                last = _end_of(err, sizes[1]).rpartition("\n")[2].strip()
-                raise _ToldError(f"{how}: {last}" if last else how, None, how)
+                last = _end_of(err, sizes[1]).strip().rpartition("\n")[2]
+                raise _told_error(f"{self._how(code)}: {last}" if last else self._how(code), self._how(code))
+        except (OSError, ValueError) as error:
+            raise _told_error(f"cannot be started: {getattr(error, 'strerror', None) or error}") from None
         finally:
-            self._busy.pop(ctx.task_id, None)
+            if self._busy[ctx.task_id] is me:
+                del self._busy[ctx.task_id]
 
     def _wait(self, command: _Command, ctx: _Attempt, out: Any, err: Any) -> int:
         from subprocess import Popen
 
         options: Any = {"shell": True, "start_new_session": True, "close_fds": False}  # which saves a tenth
-        with Popen(command.name, stdin=self._stdin, stdout=out, stderr=err, **options) as process:
-            if not self._tell("begun", process.pid):
-                process.kill()
+        text = HERALD + command.name if os.name == "posix" else command.name
+        with Popen(text, stdin=self._keeper.stdin, stdout=out, stderr=err, **options) as process:
+            if os.name != "posix":
+                self._tell("begun", process.pid)
             ctx.on_cancel = partial(self._tell, "cut", process.pid)
             if ctx.cancelled:
                 ctx.on_cancel()
@@ -4775,11 +4782,17 @@ class _Shell:
         ctx.disarm()  # who reads the output may be slow
         return int(process.returncode)
 
-    def _tell(self, event: str, pid: int) -> bool:
-        """Tell the keeper; False if it is gone: the run is over, or somebody has killed it."""
-        with suppress(OSError):
-            return bool(os.write(self._keeper.stdin.fileno(), f"{event} {pid}\n".encode()))
-        return False
+    def _how(self, code: int) -> str:
+        """How a command failed."""
+        if code > 0:
+            return f"exit {code}"
+        if self._keeper.poll() is not None:
+            return "not run to its end: somebody has killed the process that watches the commands"
+        return {number.value: number.name for number in signal.Signals}.get(-code, f"signal {-code}")
+
+    def _tell(self, event: str, pid: int) -> None:
+        with suppress(OSError):  # it is gone: the run is over, or somebody has killed it
+            os.write(self._keeper.stdin.fileno(), f"{event} {pid}\n".encode())
 
     def _print(self, command: _Command, *files: Any) -> None:
         tag = os.fsencode(f"{command.item}\t") if self._tag else b""
@@ -4790,9 +4803,12 @@ class _Shell:
                         _copy(file, self._sinks[at], tag)
                 except OSError as error:
                     if at == 0 and not isinstance(error, BrokenPipeError):
-                        told = f"cannot write its output to stdout: {error.strerror}"
-                        raise _ToldError(told, None, told) from None
+                        raise _told_error(f"cannot write its output to stdout: {error.strerror}") from None
                     self._sinks[at] = None  # `| head` has seen enough
+
+
+def _told_error(text: str, cause: str = "") -> _ToldError:
+    return _ToldError(text, None, cause or text)
 
 
 def _copy(file: Any, stream: Any, tag: bytes) -> None:
@@ -4803,6 +4819,8 @@ def _copy(file: Any, stream: Any, tag: bytes) -> None:
         for piece in iter(partial(source.readline, BLOCK), b""):
             yield tag + piece if begins else piece
             begins = piece.endswith(b"\n")
+        if tag and not begins:
+            yield b"\n"
 
     file.seek(0)
     with open(os.dup(file.fileno()), "rb") as source:
@@ -4811,6 +4829,8 @@ def _copy(file: Any, stream: Any, tag: bytes) -> None:
                 stream.write(line.decode(errors="backslashreplace").rstrip("\n") + "\n")
         else:
             with open(os.dup(stream.fileno()), "wb") as sink:  # as they are: they may be no text
+                if os.name == "posix":
+                    os.set_blocking(sink.fileno(), True)  # what has started us may want it otherwise
                 sink.writelines(lines())
 
 
@@ -4823,41 +4843,77 @@ def _end_of(file: Any, size: int) -> str:
 
 
 def _keep(patience: float) -> None:
-    """The program of the keeper, which has nothing else of this file."""
+    """The program of the keeper, which has nothing else of this file. A command is known by its process's id,
+    which is that of its group and of its session.
+    """
     import os
     import subprocess
     import threading
     import time
 
-    def send(pid: int, number: int) -> bool:
+    def members(session: int) -> list:  # type: ignore[type-arg]
+        """Those that have made a group of their own (timeout does) included, where /proc says so."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+            try:
+                if os.getsid(int(pid)) == session:
+                    found.append(int(pid))
+            except OSError:
+                pass
+        return found or [-session]
+
+    def send(session: int, number: int) -> bool:
+        sent = False
+        for pid in members(session) if os.name == "posix" else ():
+            try:
+                os.kill(pid, number)
+                sent = True
+            except OSError:
+                pass
+        if os.name != "posix" and number == 15:
+            subprocess.call(["taskkill", "/F", "/T", "/PID", str(session)])
+        return sent
+
+    def end(sessions: set) -> None:  # type: ignore[type-arg]
+        sessions = {session for session in sessions if send(session, 15)}
+        until = time.monotonic() + patience
+        while sessions and time.monotonic() < until:
+            time.sleep(0.05)
+            sessions = {session for session in sessions if send(session, 0)}
+        for session in sessions:
+            send(session, 9)
+
+    def left(group: int) -> bool:
+        """Whether a command that has ended has left something in the background."""
         try:
-            if os.name == "posix":
-                os.killpg(pid, number)
-                return True
-            return number == 15 and not subprocess.call(["taskkill", "/F", "/T", "/PID", str(pid)])
-        except OSError:
+            os.killpg(group, 0)
+            return True
+        except (AttributeError, OSError):
             return False
 
-    def end(groups: set) -> None:  # type: ignore[type-arg]
-        until = time.monotonic() + patience
-        while groups and time.monotonic() < until:
-            time.sleep(0.02)
-            groups = {pid for pid in groups if send(pid, 0)}
-        for pid in groups:
-            send(pid, 9)
-
-    live, words = set(), [""]
-    while words and "over" not in words:
-        words = os.read(0, 2**16).decode().split()
-        for event, pid in zip(words[::2], map(int, words[1::2])):
-            if event == "begun":
+    live, doomed, rest = set(), set(), b""
+    while True:
+        block = os.read(0, 2**16)
+        *lines, rest = (rest + block).split(b"\n")
+        for event, id in map(bytes.split, lines):
+            pid = int(id)
+            if event == b"begun":
                 live.add(pid)
-            elif pid in live:
+            elif event == b"cut":
+                doomed.add(pid)  # it may come before the command's own word
+            elif pid in live and left(pid):
+                threading.Thread(target=end, args=[{pid}]).start()
+            if event == b"ended":
                 live.discard(pid)
-                if (event == "cut" or os.name == "posix") and send(pid, 15):
-                    threading.Thread(target=end, args=[{pid}]).start()
-        time.sleep(0 if "over" in words else 0.02)  # to be woken for each word would cost much
-    end({pid for pid in live if send(pid, 15)})
+                doomed.discard(pid)
+        cut = live & doomed
+        live -= cut
+        doomed -= cut
+        if cut:
+            threading.Thread(target=end, args=[cut]).start()
+        if not block or b"over 0" in lines:
+            return end(live)
+        time.sleep(0.02)  # to be woken for each line would cost much
 
 
 # ---- Command line: data to stdout, everything else to stderr -------------------------------------------
@@ -4878,6 +4934,7 @@ def main(argv: list[str] | None = None) -> int:
     return _execute(parser, argv)
 
 
+SAME_COMMAND = "the same command with --resume"
 COMMANDS = ("demo", "run", "sh", "status", "init-db")
 
 
@@ -5017,7 +5074,7 @@ def _new_parser(prog: str, usage: str, text: str, *examples: str, of: Any = None
 
 
 def _parser() -> Any:
-    from argparse import SUPPRESS
+    from argparse import REMAINDER, SUPPRESS
 
     me = " ".join(_this_program())
     text = "Run many tasks at once, store what they produce in SQLite, watch them live."
@@ -5047,8 +5104,7 @@ def _parser() -> Any:
     _add_processes(add)
     examples = "-w 8 --resume 'gzip -k {}' *.log", "--retries 2 --timeout 60 < commands.txt"
     add = command(_cmd_sh, "[options] [COMMAND [ITEM...]]", SH_HELP, *examples)
-    add("template", nargs="?", help=SUPPRESS)
-    add("items", nargs="*", help=SUPPRESS)
+    add("words", nargs=REMAINDER, help=SUPPRESS)
     add("-0", "--null", action="store_true", help="items on stdin end with NUL: find -print0")
     add("--tag", action="store_true", help="print the item before each line of output")
     add("--quiet-output", action="store_true", help="print no output of the commands")
@@ -5100,7 +5156,7 @@ def _add_processes(add: Callable[..., Any]) -> None:
 def _add_common_options(add: Callable[..., Any]) -> None:
     add("--resume", action="store_true", default=None, help="skip the tasks that are done")
     add("--redo", action="append", metavar="NAME", help="skip what is done, but not this; may be repeated")
-    add("-q", "--quiet", action="store_true", help="print nothing when all goes well")
+    add("-q", "--quiet", action="store_true", help="say nothing when all goes well")
     add("-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once")
     add("-v", "--verbose", action="count", default=0, help="log more; -vv logs everything")
     add("-l", "--log-file", metavar="FILE", help="also log to FILE")
@@ -5277,7 +5333,8 @@ class _Session:
         ok = all(result.ok for _, result in self.runs)
         resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
-            _say(f"to go on: {_command_to_resume(self.args.argv)}")
+            reads = len(getattr(self.args, "words", (0, 0))) < 2  # its items on stdin
+            _say(f"to go on: {SAME_COMMAND if reads else _command_to_resume(self.args.argv)}")
         return 0 if ok else 1
 
 
@@ -5388,7 +5445,7 @@ def _command_to_resume(given: list[str]) -> str:
     own = sys.argv[1 : len(sys.argv) - len(given)] if sys.argv[len(sys.argv) - len(given) :] == given else []
     again = [*own, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]]
     command = join([*_this_program(), *again])
-    return folder + command if len(command) < 1_000 else "the same command with --resume"  # of many items
+    return folder + command if len(command) < 1_000 and command.isprintable() else SAME_COMMAND
 
 
 def _planned(after: dict[_Declared, list[_Declared]], path: str, options: Any) -> Iterator[str]:
@@ -5453,12 +5510,15 @@ def _summary(path: str, result: RunResult) -> str:
 
 
 def _cmd_sh(args: Any) -> int:
-    items = args.items or _stdin_items(b"\0" if args.null else b"\n")
-    commands: Any = _commands(args.template, items)
-    if args.items:
+    template, *items = args.words[args.words[:1] == ["--"] :] or [None]
+    if not items and sys.stdin is None:
+        raise UsageError("stdin is closed; pass items as arguments, or one a line on stdin")
+    commands: Any = _commands(template, items or _stdin_items(b"\0" if args.null else b"\n"))
+    if items:
         commands = list(commands)  # their number is known
     with _Shell(args.quiet_output, args.tag) as shell:
-        return _Session(args).call(lambda: run_pipeline(commands, args.db, worker_fn=shell.run))
+        options: RunOptions = {"retry_delay": KILL_AFTER + 0.5}  # when the attempt before is gone
+        return _Session(args).call(lambda: run_pipeline(commands, args.db, worker_fn=shell.run, **options))
 
 
 def _cmd_status(args: Any) -> int:

@@ -6169,15 +6169,15 @@ def sh_begun(home, *arguments, **options):
 @pytest.mark.parametrize(
     "arguments, given, expected",
     [
-        (["-w", "1", "--", "echo 1 {}", "a b", "it's", "$HOME", "", "-n"], "", "1 a b\n1 it's\n1 $HOME\n1 \n1 -n\n"),
+        (["-w", "1", "echo 1 {}", "a b", "it's", "$HOME", "", "-n"], "", "1 a b\n1 it's\n1 $HOME\n1 \n1 -n\n"),
         (["-w", "1", "echo 2", "a  b", "*"], "", "2 a  b\n2 *\n"),
         (["-w", "1", "echo {} {{}} {}", "a;b"], "", "a;b {} a;b\n"),
         (["-w", "1", "echo 3"], "a b\n\n'c\nlast", "3 a b\n3 'c\n3 last\n"),
         (["-w", "1", "-0", "echo 4 {}"], "a\nb\0c\0", "4 a\nb\n4 c\n"),
         (["-w", "1"], "echo 5; echo {}\nprintf 6 | tr 6 7\n", "5\n{}\n7"),
-        (["-w", "1", "--tag", "printf 'x\\ny'"], "a b\n", "a b\tx\na b\ty"),
+        (["-w", "1", "--tag", "printf 'x\\ny'"], "a b\n", "a b\tx\na b\ty\n"),
         (["--quiet-output", "echo; echo >&2"], "a\n", ""),
-        (["-q", "--", "echo {}", "--", "-x"], "", "-- -x\n"[3:]),
+        (["-q", "-w", "1", "--", "echo", "--", "-x", "--dry-run"], "", "--\n-x\n--dry-run\n"),
     ],
 )
 @needs_posix
@@ -6199,7 +6199,7 @@ def test_sh_takes_items_that_are_no_text(home):
     name = b"\xff\xe4.txt"
     (Path(os.fsdecode(os.fsencode(home))) / os.fsdecode(name)).write_bytes(b"\xfe\x00")
     out, _ = sh(home, "--tag", "cat {}", given=name + b"\n")
-    assert out == name + b"\t\xfe\x00"
+    assert out == name + b"\t\xfe\x00\n"
     assert commands_in(home) == {"cat '\\udcff\\udce4.txt'": "done"}
 
 
@@ -6299,6 +6299,7 @@ def test_sh_reads_stdin_as_it_comes_and_says_so_where_there_is_none(home):
 
 
 LEAVES = "echo $$ > {}.pid; (trap '' TERM; sh -c 'echo $$ > {}-child.pid; sleep 60; sleep 60') & "
+OWN_GROUP = "timeout 60 sh -c 'echo $$ > {}-own.pid; sleep 60'; echo over"  # as timeout makes one
 
 
 @needs_linux
@@ -6307,7 +6308,7 @@ def test_no_process_of_sh_outlives_the_run(homes):
 
     def one(ending, expected):
         home = homes()
-        command = LEAVES + ("sleep 0.3" if ending == "ends" else "echo waits; wait; sleep 60")
+        command = LEAVES + ("sleep 0.3" if ending == "ends" else f"echo waits; {OWN_GROUP}")
         options = ["--timeout", "0.5"] if ending == "time-out" else []
         with sh_begun(home, *options, "-w", "2", command, "a", "b") as process:
             wait_for(lambda: len([file for file in home.glob("*-child.pid") if file.read_text()]) == 2)
@@ -6328,11 +6329,52 @@ def test_no_process_of_sh_outlives_the_run(homes):
 
 
 @needs_linux
+def test_no_command_that_begins_when_sh_is_killed_is_left(homes):
+    def one(number):
+        home = homes()
+        with sh_begun(home, "-w", "8", "echo $$ > {}.pid; exec sleep 60; #", *map(str, range(20))) as process:
+            wait_for(lambda: list(home.glob("*.pid")))
+            threading.Event().wait(0.002 * number)
+            process.kill()
+            threading.Event().wait(0.2)  # the last ones write who they are
+
+    at_once(one, [(number,) for number in range(4)])
+
+
+@needs_linux
 def test_sh_tries_again_only_when_nothing_is_left_of_the_attempt_before(home):
-    command = "trap '' TERM; test -e {} && touch both; touch {}; sleep 2; rm {}; sleep 9"
-    with sh_begun(home, "--timeout", "0.3", "--retries", "1", command, "a") as process:
+    command = "trap '' TERM; for f in *.pid; do kill -0 $(cat $f) && touch both; done; echo $$ > $$.pid; sleep 60; sleep {}"
+    with sh_begun(home, "--timeout", "0.3", "--retries", "1", command, "60") as process:
         _, err = process.communicate(timeout=WAIT)
     assert process.returncode == 1 and not (home / "both").exists(), err
+    assert len(list(home.glob("*.pid"))) == 2
+
+
+@needs_linux
+def test_no_command_of_sh_runs_that_nobody_watches(home):
+    with sh_begun(home, "-w", "1", "touch {}; sleep 0.3; #", *"abc") as process:
+        wait_for((home / "a").exists)
+        keepers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (keeper,) = [pid for pid in keepers if b"_keep" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(keeper), signal.SIGKILL)
+        _, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 1 and "2 failed" in err and "somebody has killed the process that watches" in err
+    assert not (home / "c").exists()
+
+
+@needs_posix
+def test_sh_waits_for_who_reads_slowly_from_a_pipe_that_does_not_block(home):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(reader, "rb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "pipeloom.py", "sh", "-q", "seq 50000; kill -{} $$", "35"], cwd=str(home), stdout=writer,
+            stderr=subprocess.PIPE, universal_newlines=True,
+        )  # fmt: skip
+        os.close(writer)
+        threading.Event().wait(0.5)
+        assert out.read().count(b"\n") == 50_000
+    assert "signal 35" in process.communicate(timeout=WAIT)[1] and process.returncode == 1
 
 
 @needs_posix
