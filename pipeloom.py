@@ -785,6 +785,7 @@ REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task
 BEGIN = "BEGIN IMMEDIATE -- pipeloom"
 COMMIT = "COMMIT -- pipeloom"
 ROLLBACK = "ROLLBACK -- pipeloom"
+FEW = 100  # rows that are stored together with those of other tasks; more have no need of it
 GATHER = 0.001  # seconds between commits that are quicker than that
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
 _NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
@@ -1412,7 +1413,8 @@ class _Joined:
 
     def take(self, sender: _Attempt | None, m: _Statement) -> bool:
         """Whether its rows are taken, for a group that is not before the task's last."""
-        if not (self._joins and m.many and _are_plain(m.params, _insert_parts(m.sql)[3])):
+        few = self._joins and m.many and m.rows <= FEW
+        if not (few and _are_plain(m.params, _insert_parts(m.sql)[3])):
             return False
         at = self._newest.get(m.sql, -1)
         if at < self._last.get(sender, 0):
