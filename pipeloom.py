@@ -32,9 +32,9 @@ commits what they send; nothing is shown or acted upon before it is committed. W
 
 Try `python -m pipeloom demo`. To vendor it, copy this file; to update it, copy it again. It is in the order
 in which a task meets it: vocabulary and errors, messages, database, channel, writer (_Store, _Status,
-SQLiteWriter), progress (_Display, _Board, _Screen), task and context (TaskContext, _Attempt), engine
+SQLiteWriter, _Joined), progress (_Display, _Board, _Screen), task and context (TaskContext, _Attempt), engine
 (_Graph, _Roster, _Timer, _EventLoop, _Worker, _Crew, _Signals, _Tally, _Intake, _Ends, _Run), pipeline,
-status, demo, command line.
+status, demo, sh (_Shell), command line.
 
 SPDX-License-Identifier: MIT. Copyright (c) 2026 the pipeloom authors. The whole text:
 
@@ -797,6 +797,7 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
 STARTED = object()  # an attempt's word that it has started, at its started_at
+ROLLED_BACK = "a handler's statement rolled back the transaction; do not catch the exception that it raised"
 STATUS = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished)  # these touch no table of the user's
 PROGRESS = object()  # and that it has news: only the newest counts, and the context keeps it
 
@@ -1313,23 +1314,19 @@ class SQLiteWriter(threading.Thread):
             self._hand_over(message, joined)
 
     def _hand_over(self, message: Any, joined: _Joined) -> None:
-        kind = type(message)
-        if kind is _Statement and joined.take(self.status.sender, message):
-            return
-        if kind not in STATUS:  # what it does may depend on the rows before it
-            joined.insert()
         try:
-            if kind is _Statement:
+            if joined.takes(self.status.sender, message):
+                return
+            if type(message) is _Statement:
                 _run_statement(self.conn, message)
             else:
-                self.handle(message.message if kind is _Sent else message)
+                self.handle(message.message if type(message) is _Sent else message)
         except Exception as error:
-            if kind in (_Statement, _Sent):
+            if type(message) in (_Statement, _Sent):
                 error.sent = message.place, getattr(error, "row", "")  # type: ignore[attr-defined]
             raise
         if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
-            what = "a handler's statement rolled back the transaction"
-            raise MessageRefused(f"{what}; do not catch the exception that it raised")
+            raise MessageRefused(ROLLED_BACK)
 
     def _acknowledge(self) -> None:
         """The batch is committed: only now may anybody see it or act upon it."""
@@ -1411,10 +1408,14 @@ class _Joined:
         self._newest: dict[str, int] = {}  # the last group of each statement
         self._last: dict[_Attempt | None, int] = {}  # the last group of each task
 
-    def take(self, sender: _Attempt | None, m: _Statement) -> bool:
-        """Whether its rows are taken, for a group that is not before the task's last."""
-        few = self._joins and m.many and m.rows <= FEW
+    def takes(self, sender: _Attempt | None, m: Any) -> bool:
+        """Take the rows of a message for a group that is not before the task's last; else False, and what is
+        here has been stored: what another message does may depend on it.
+        """
+        few = self._joins and type(m) is _Statement and m.many and m.rows <= FEW
         if not (few and _are_plain(m.params, _insert_parts(m.sql)[3])):
+            if type(m) not in STATUS:
+                self.insert()
             return False
         at = self._newest.get(m.sql, -1)
         if at < self._last.get(sender, 0):
@@ -1425,7 +1426,6 @@ class _Joined:
         return True
 
     def insert(self) -> None:
-        """Run them: whatever comes next may depend on them."""
         for sql, rows in self._groups:
             _insert(self._conn, *_insert_parts(sql), rows)
         self._groups, self._newest, self._last = [], {}, {}
@@ -2581,8 +2581,7 @@ class TaskContext:
     def deliver(self, sent: _Sent | _Statement) -> None:
         """Keep what is to be stored if the task is done."""
         with self.lock:
-            if self.closed or self.reason is not None:
-                self._refuse_if_closed(sent)
+            self._refuse_if_closed(sent)
             self.held.append(sent)
             before, self._held_rows = self._held_rows, self._held_rows + sent.rows
         if before < MANY_ROWS <= before + sent.rows:
@@ -2602,10 +2601,8 @@ class TaskContext:
         self._send(_Statement(sql, rows, True, len(rows), _place()))
 
     def _new_group(self, sql: str) -> tuple[Any, list[Any], Any, int]:
-        if self._group is not _NO_GROUP:
-            self.flush()
-        if self.closed or self.reason is not None:
-            self._refuse_if_closed()
+        self.flush()
+        self._refuse_if_closed()
         _check_sql(sql)
         self._group = (sql, [], _place(), self._terms.limit)
         return self._group
@@ -4726,7 +4723,9 @@ class _Shell:
         from inspect import getsource
         from subprocess import DEVNULL, PIPE, Popen
 
-        program = f"{getsource(_keep)}\n_keep({KILL_AFTER})"
+        parts: Any = _members, _send, _end, _keep
+        program = "from __future__ import annotations\nfrom contextlib import suppress\nimport os, threading, time\n"
+        program += "".join(map(getsource, parts)) + f"_keep({KILL_AFTER})"
         self._keeper: Any = Popen(
             [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
             start_new_session=True,  # else Ctrl-C would end it
@@ -4844,57 +4843,54 @@ def _end_of(file: Any, size: int) -> str:
     return str(file.read(BLOCK).decode(errors="backslashreplace").rstrip("\n"))
 
 
-def _keep(patience: float) -> None:
-    """The program of the keeper, which has nothing else of this file. A command is known by its process's id,
-    which is that of its group and of its session.
-    """
-    import os
-    import subprocess
-    import threading
-    import time
+# The keeper's program is these four functions, and has nothing else of this file. It knows a command by the id
+# of its process, which is that of its group and of its session, too.
 
-    def members(session: int) -> list:  # type: ignore[type-arg]
-        """Those that have made a group of their own (timeout does) included, where /proc says so."""
-        found = []
-        for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
-            try:
-                if os.getsid(int(pid)) == session:
-                    found.append(int(pid))
-            except OSError:
-                pass
-        return found or [-session]
 
-    def send(session: int, number: int) -> bool:
-        sent = False
-        for pid in members(session) if os.name == "posix" else ():
-            try:
-                os.kill(pid, number)
-                sent = True
-            except OSError:
-                pass
-        if os.name != "posix" and number == 15:
-            subprocess.call(["taskkill", "/F", "/T", "/PID", str(session)])
-        return sent
+def _members(session: int) -> list[int]:
+    """Its processes, where /proc tells: some have made a group of their own (timeout does). Else its group."""
 
-    def end(sessions: set) -> None:  # type: ignore[type-arg]
-        sessions = {session for session in sessions if send(session, 15)}
-        until = time.monotonic() + patience
-        while sessions and time.monotonic() < until:
-            time.sleep(0.05)
-            sessions = {session for session in sessions if send(session, 0)}
-        for session in sessions:
-            send(session, 9)
-
-    def left(group: int) -> bool:
-        """Whether a command that has ended has left something in the background."""
+    def belongs(pid: str) -> bool:
         try:
-            os.killpg(group, 0)
-            return True
-        except (AttributeError, OSError):
+            return os.getsid(int(pid)) == session
+        except OSError:  # it has just ended
             return False
 
-    live, doomed, rest = set(), set(), b""
-    while True:
+    pids = filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ())
+    return [int(pid) for pid in pids if belongs(pid)] or [-session]
+
+
+def _send(session: int, number: int) -> bool:
+    """Send them a signal; False if none is left."""
+    sent = False
+    if os.name != "posix" and number == 15:
+        from subprocess import call
+
+        call(["taskkill", "/F", "/T", "/PID", str(session)])
+    for pid in _members(session) if os.name == "posix" else ():
+        with suppress(OSError):
+            os.kill(pid, number)
+            sent = True
+    return sent
+
+
+def _end(sessions: set[int], patience: float) -> None:
+    """SIGTERM, and SIGKILL for what is left after some seconds."""
+    sessions = {session for session in sessions if _send(session, 15)}
+    until = time.monotonic() + patience
+    while sessions and time.monotonic() < until:
+        time.sleep(0.05)
+        sessions = {session for session in sessions if _send(session, 0)}
+    for session in sessions:
+        _send(session, 9)
+
+
+def _keep(patience: float) -> None:
+    """Read which commands have begun, are cut off and have ended, until nobody is left who could say so."""
+    live: set[int] = set()
+    cut: set[int] = set()  # which may be said before the command itself has said that it begins
+    rest, block = b"", b"-"
+    while block:
         block = os.read(0, 2**16)
         *lines, rest = (rest + block).split(b"\n")
         for event, id in map(bytes.split, lines):
@@ -4902,20 +4898,19 @@ def _keep(patience: float) -> None:
             if event == b"begun":
                 live.add(pid)
             elif event == b"cut":
-                doomed.add(pid)  # it may come before the command's own word
-            elif pid in live and left(pid):
-                threading.Thread(target=end, args=[{pid}]).start()
-            if event == b"ended":
+                cut.add(pid)
+            elif event == b"over":
+                block = b""
+            elif pid in live:
                 live.discard(pid)
-                doomed.discard(pid)
-        cut = live & doomed
-        live -= cut
-        doomed -= cut
-        if cut:
-            threading.Thread(target=end, args=[cut]).start()
-        if not block or b"over 0" in lines:
-            return end(live)
+                with suppress(AttributeError, OSError):
+                    os.killpg(pid, 0)  # it has left something in the background
+                    threading.Thread(target=_end, args=({pid}, patience)).start()
+        if live & cut:
+            threading.Thread(target=_end, args=(live & cut, patience)).start()
+        live, cut = live - cut, cut - live
         time.sleep(0.02)  # to be woken for each line would cost much
+    _end(live, patience)
 
 
 # ---- Command line: data to stdout, everything else to stderr -------------------------------------------
