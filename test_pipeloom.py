@@ -75,6 +75,7 @@ try:
 except ImportError:
     rich = None
 needs_rich = pytest.mark.skipif(rich is None, reason="Rich is not installed")
+once = pytest.mark.skipif(rich is None, reason="runs where Rich is installed, on which it does not depend")
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and terminals")
 if os.name != "nt":
     from multiprocessing import resource_tracker
@@ -6181,6 +6182,7 @@ def sh_begun(home, *arguments, **options):
     ],
 )
 @needs_posix
+@once
 def test_sh_runs_a_command_for_each_item(home, arguments, given, expected):
     out, err = sh(home, *arguments, given=given)
     assert out == expected
@@ -6189,6 +6191,7 @@ def test_sh_runs_a_command_for_each_item(home, arguments, given, expected):
 
 @needs_posix
 @given(st.lists(st.text(st.characters(blacklist_characters="\0"), max_size=9), max_size=4), st.sampled_from(["x {}", "x"]))
+@once
 def test_sh_quotes_each_item(items, template):
     commands = list(pipeloom._commands(template, items))
     assert [shlex.split(command.name) for command in commands] == [["x", item] for item in items]
@@ -6235,6 +6238,7 @@ def test_sh_says_why_a_command_failed_and_keeps_the_end_of_its_output(home):
 
 
 @needs_posix
+@once
 def test_sh_prints_only_the_last_of_several_attempts(home):
     command = "echo {} >&2; echo {}; test -e again || { touch again; exit 1; }"
     out, err = sh(home, "--retries", "2", "-w", "1", command, "x", env={"PYTHONPATH": ""})
@@ -6251,6 +6255,7 @@ def test_sh_never_mixes_the_output_of_two_commands(home):
 
 
 @needs_linux
+@once
 def test_sh_copies_output_that_is_larger_than_its_memory(home):
     limits = "import resource, sys, os; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     command = ["pipeloom.py", "sh", "head -c {} /dev/zero", "600000000"]
@@ -6260,6 +6265,7 @@ def test_sh_copies_output_that_is_larger_than_its_memory(home):
 
 
 @needs_linux
+@once
 def test_sh_fails_a_command_whose_output_cannot_be_written_and_goes_on_where_nobody_reads_it(home):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -6303,6 +6309,7 @@ OWN_GROUP = "timeout 60 sh -c 'echo $$ > {}-own.pid; sleep 60'; echo over"  # as
 
 
 @needs_linux
+@once
 def test_no_process_of_sh_outlives_the_run(homes):
     """Not even one in the background that ignores SIGTERM."""
 
@@ -6329,6 +6336,7 @@ def test_no_process_of_sh_outlives_the_run(homes):
 
 
 @needs_linux
+@once
 def test_no_command_that_begins_when_sh_is_killed_is_left(homes):
     def one(number):
         home = homes()
@@ -6342,6 +6350,7 @@ def test_no_command_that_begins_when_sh_is_killed_is_left(homes):
 
 
 @needs_linux
+@once
 def test_sh_tries_again_only_when_nothing_is_left_of_the_attempt_before(home):
     command = "trap '' TERM; for f in *.pid; do kill -0 $(cat $f) && touch both; done; echo $$ > $$.pid; sleep 60; sleep {}"
     with sh_begun(home, "--timeout", "0.3", "--retries", "1", command, "60") as process:
@@ -6351,6 +6360,7 @@ def test_sh_tries_again_only_when_nothing_is_left_of_the_attempt_before(home):
 
 
 @needs_linux
+@once
 def test_no_command_of_sh_runs_that_nobody_watches(home):
     with sh_begun(home, "-w", "1", "touch {}; sleep 0.3; #", *"abc") as process:
         wait_for((home / "a").exists)
@@ -6388,15 +6398,18 @@ def test_what_a_command_of_sh_prints_comes_above_the_bars(home):
     assert lines[-1].startswith("4 done in") and "All tasks" in text
 
 
+@once
 def test_the_help_of_each_command_fits_a_screen_and_ends_with_two_examples(home):
     for command in ("", *pipeloom.COMMANDS):
-        said = python("pipeloom.py", *command.split(), "--help", cwd=home, code=0, env={"COLUMNS": "80"}).stdout
+        env = {"COLUMNS": "80", "PATH": os.path.dirname(sys.executable)}  # where a short name will do
+        said = python("pipeloom.py", *command.split(), "--help", cwd=home, code=0, env=env).stdout
         lines = said.splitlines()
         assert len(lines) <= 24 and max(map(len, lines)) < 80, said
         assert all(line.startswith("example: ") for line in lines[-2:]) and "pipeloom.py" in lines[-1]
 
 
 @needs_posix
+@once
 def test_the_examples_of_the_help_work(homes):
     def one(command, number):
         home = homes()
@@ -6939,6 +6952,7 @@ def as_in_the_readme(home):
 
 
 @needs_posix
+@once
 def test_the_transcripts_of_the_readme_are_true(as_in_the_readme):
     def alike(text):
         text = re.sub(r"\d\d:\d\d:\d\d|\d+\.\d s|[\d.]+K", "N", text)
@@ -6953,6 +6967,7 @@ def test_the_transcripts_of_the_readme_are_true(as_in_the_readme):
 
 
 @needs_posix
+@once
 def test_every_command_of_the_readme_runs(as_in_the_readme):
     text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split("\n"))
     commands = [command.strip() for command in readme_blocks("sh") if "pip install" not in command]
@@ -7036,6 +7051,7 @@ def measured(home):
 
 
 @needs_posix
+@once
 def test_the_benchmark_can_measure_each_of_its_lines_and_finds_what_it_claims_in_the_database(measured):
     lines = {line["name"]: line for line in json.loads(measured("--limit", 4, "--json", code=0).stdout)}
     names = "tasks listed original messages execute executemany one_row ten_rows busy lag latency"
@@ -7047,6 +7063,7 @@ def test_the_benchmark_can_measure_each_of_its_lines_and_finds_what_it_claims_in
         assert (line["other"] > 0) == ("|" in line["what"])
 
 
+@once
 def test_the_benchmark_prints_the_lines_that_are_asked_for(measured):
     done = measured("--only", "execute", "--limit", 3, code=0)
     assert re.fullmatch("execute .* >= 1 x .* 3 tasks .*\nexecutemany .* >= 1.2 x .*\n", done.stdout)
@@ -7056,6 +7073,7 @@ def test_the_benchmark_prints_the_lines_that_are_asked_for(measured):
 @pytest.mark.parametrize(
     "library, told", [(LOSSY, "not true of the database"), (BROKEN, "ZeroDivision")], ids=["lossy", "broken"]
 )
+@once
 def test_the_benchmark_notices_a_library_that_loses_rows_or_does_not_work(measured, home, library, told):
     shutil.move(str(home / "pipeloom.py"), str(home / "whole.py"))
     (home / "pipeloom.py").write_text(library, encoding="utf-8")
@@ -7063,6 +7081,7 @@ def test_the_benchmark_notices_a_library_that_loses_rows_or_does_not_work(measur
     assert re.match(f"executemany FAILED .*{told}", done.stdout), done.stdout
 
 
+@once
 def test_load_csv_stores_every_line_of_the_installed_packages_once(tmp_path):
     for _ in range(2):
         done = example("load_csv.py", cwd=tmp_path)
@@ -7100,6 +7119,7 @@ def test_an_example_is_python_3_8_in_under_80_lines_and_opens_no_database_itself
 
 
 @pytest.mark.parametrize("name", ["load_csv.py", "http_json.py", "download.py", "verify_install.py"])
+@once
 def test_an_example_refuses_a_bad_argument_in_one_line_and_leaves_nothing(name, tmp_path):
     for arguments in (["no-such-thing"], ["--no-such-option"], ["-w", "4", "after-an-option"]):
         done = example(name, *arguments, cwd=tmp_path, code=2)
@@ -7156,6 +7176,7 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
+@once
 def test_http_json_stores_every_row_although_requests_fail_and_one_answer_takes_too_long(tmp_path):
     stored = []
     for _ in range(2):
@@ -7171,6 +7192,7 @@ def test_http_json_stores_every_row_although_requests_fail_and_one_answer_takes_
     assert "11 skipped" in example("http_json.py", "--resume", cwd=tmp_path).stderr
 
 
+@once
 def test_http_json_says_which_url_is_not_there_and_stores_the_others(tmp_path, no_proxy):
     def answer(path, _):
         number = int(path.split("/")[3])
@@ -7193,6 +7215,7 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
+@once
 def test_download_goes_on_where_it_broke_off_and_again_fetches_only_what_is_damaged(tmp_path):
     def look():
         stats = {path.name: path.stat() for path in (tmp_path / "downloads").iterdir()}
@@ -7219,6 +7242,7 @@ def test_download_goes_on_where_it_broke_off_and_again_fetches_only_what_is_dama
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
+@once
 def test_download_takes_ranges_or_starts_over_and_a_wrong_checksum_leaves_no_file(
     knows_ranges, tmp_path, no_proxy
 ):
@@ -7282,6 +7306,7 @@ def package(folder, name, files, record=True):
     return info / "RECORD"
 
 
+@once
 def test_verify_install_finds_a_changed_and_a_missing_file(tmp_path):
     site = tmp_path / "site"
     files = {"some/good.py": b"good", "some/edited.py": b"before", "some/gone.py": b"gone", "some/a,b": b""}
@@ -7322,6 +7347,7 @@ def test_verify_install_finds_a_changed_and_a_missing_file(tmp_path):
     assert "without a RECORD: unrecorded" in verify("unrecorded", "other", code=2).stderr
 
 
+@once
 def test_verify_install_checks_every_recorded_file_of_this_python(tmp_path):
     done = example("verify_install.py", cwd=tmp_path, code=None)
     *damaged, last = done.stdout.splitlines()
@@ -7375,6 +7401,7 @@ def status_table(db, columns=FIRST):
     return "INSERT INTO task_runs(name, status, message, started_at, finished_at) "
 
 
+@once
 def test_a_report_shows_the_newest_run_what_failed_in_it_and_why(db, tmp_path):
     pipe = Pipeline(db, progress="none", workers=2)
 
@@ -7415,6 +7442,7 @@ pipeloom.run_pipeline(range(6), "test.db", worker_fn=work, workers=6, progress="
 
 
 @needs_posix
+@once
 def test_a_report_tells_tasks_that_run_from_those_of_a_killed_run(home):
     with begun("-c", RUNNING, cwd=home) as process:
         wait_for(lambda: rows(home / "test.db", "SELECT count(*) FROM task_runs WHERE progress > 0") == [(6,)])
@@ -7426,6 +7454,7 @@ def test_a_report_tells_tasks_that_run_from_those_of_a_killed_run(home):
     assert "unfinished" in page.text and "25%" in page.text and "interrupted" in page.text
 
 
+@once
 def test_a_report_of_10000_tasks_is_smaller_than_a_megabyte_however_many_ran_at_once(db, tmp_path):
     insert = status_table(db)
     numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 9999) SELECT "
