@@ -4726,10 +4726,12 @@ class _Shell:
         parts: Any = _members, _send, _end, _keep
         program = "from __future__ import annotations\nfrom contextlib import suppress\nimport os, threading, time\n"
         program += "".join(map(getsource, parts)) + f"_keep({KILL_AFTER})"
-        self._keeper: Any = Popen(
-            [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
-            start_new_session=True,  # else Ctrl-C would end it
-        )  # fmt: skip
+        command: Any = [sys.executable, "-IS", "-c", program]
+        streams: Any = {"stdin": PIPE, "stdout": DEVNULL, "stderr": DEVNULL}
+        try:
+            self._keeper: Any = Popen(command, start_new_session=True, **streams)  # out of reach of Ctrl-C
+        except OSError as error:
+            raise PipeloomError(f"cannot start a process: {error.strerror}; close other programs") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4764,7 +4766,7 @@ class _Shell:
         except (OSError, ValueError) as error:
             raise _told_error(f"cannot be started: {getattr(error, 'strerror', None) or error}") from None
         finally:
-            if self._busy[ctx.task_id] is me:
+            if self._busy.get(ctx.task_id) is me:
                 del self._busy[ctx.task_id]
 
     def _wait(self, command: _Command, ctx: _Attempt, out: Any, err: Any) -> int:

@@ -6928,13 +6928,6 @@ def test_the_version_in_pyproject_is_read_from_the_module():
 # ---- README and examples -------------------------------------------------------------------------------
 
 
-def test_the_first_program_of_the_readme_runs(home):
-    (home / "program.py").write_text(readme_blocks("python")[0])
-    python("program.py", cwd=home, code=0)
-    (database,) = home.glob("*.db")  # and its lock beside it
-    assert {row[2] for row in rows(database)} == {"done"}
-
-
 @pytest.fixture
 def as_in_the_readme(home):
     """Runs a command line of the README in a folder with its first program; returns the exit code and what was said."""
@@ -6990,9 +6983,13 @@ def test_the_readme_is_short_and_names_only_files_that_are_there():
         assert (HERE / "".join(path)).exists()
 
 
-def test_every_program_of_the_readme_compiles():
+def test_every_program_of_the_readme_runs(homes):
     for block in readme_blocks("python"):
-        compile(block, "README.md", "exec")
+        home = homes()
+        (home / "program.py").write_text(block)
+        python("program.py", cwd=home, code=0)
+        (database,) = home.glob("*.db")  # and its lock beside it
+        assert {row[2] for row in rows(database)} == {"done"}
 
 
 def test_the_tests_that_the_readme_names_for_each_promise_exist():
