@@ -4761,6 +4761,7 @@ class _Shell:
                     self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
                 if code == 0:
                     return _end_of(out, sizes[0])
+                ctx.check()  # if that has ended it, it is cancelled, and not an error
                 last = _end_of(err, sizes[1]).strip().rpartition("\n")[2]
                 raise _told_error(f"{self._how(code)}: {last}" if last else self._how(code), self._how(code))
         except (OSError, ValueError) as error:
