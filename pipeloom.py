@@ -4720,12 +4720,12 @@ class _Shell:
         self._busy: dict[int, threading.Thread] = {}  # by task_id; some may be of attempts that were cut off
 
     def __enter__(self) -> Any:
-        from inspect import getsource
+        from linecache import getlines
         from subprocess import DEVNULL, PIPE, Popen
 
-        parts: Any = _members, _send, _end, _keep
+        first, end = _members.__code__.co_firstlineno - 1, main.__code__.co_firstlineno - 1
         program = "from __future__ import annotations\nfrom contextlib import suppress\nimport os, threading, time\n"
-        program += "".join(map(getsource, parts)) + f"_keep({KILL_AFTER})"
+        program += "".join(getlines(__file__, globals())[first:end]) + f"_keep({KILL_AFTER})"
         command: Any = [sys.executable, "-IS", "-c", program]
         streams: Any = {"stdin": PIPE, "stdout": DEVNULL, "stderr": DEVNULL}
         try:
@@ -4846,7 +4846,7 @@ def _end_of(file: Any, size: int) -> str:
     return str(file.read(BLOCK).decode(errors="backslashreplace").rstrip("\n"))
 
 
-# The keeper's program is these four functions, and has nothing else of this file. It knows a command by the id
+# The keeper's program is the lines from here to main(), and nothing else of this file. It knows a command by the id
 # of its process, which is that of its group and of its session, too.
 
 
@@ -4912,7 +4912,8 @@ def _keep(patience: float) -> None:
         if live & cut:
             threading.Thread(target=_end, args=(live & cut, patience)).start()
         live, cut = live - cut, cut - live
-        time.sleep(0.02)  # to be woken for each line would cost much
+        if block:
+            time.sleep(0.02)  # to be woken for each line would cost much
     _end(live, patience)
 
 
