@@ -75,7 +75,9 @@ try:
 except ImportError:
     rich = None
 needs_rich = pytest.mark.skipif(rich is None, reason="Rich is not installed")
-once = pytest.mark.skipif(rich is None, reason="runs where Rich is installed, on which it does not depend")
+once = pytest.mark.skipif(
+    rich is None or os.environ.get("PIPELOOM_ONCE") == "0", reason="depends on neither Rich nor Python, and takes long"
+)
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and terminals")
 if os.name != "nt":
     from multiprocessing import resource_tracker
