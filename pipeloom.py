@@ -4724,8 +4724,9 @@ class _Shell:
         from subprocess import DEVNULL, PIPE, Popen
 
         first, end = _members.__code__.co_firstlineno - 1, main.__code__.co_firstlineno - 1
-        program = "from __future__ import annotations\nfrom contextlib import suppress\nimport os, threading, time\n"
-        program += "".join(getlines(__file__, globals())[first:end]) + f"_keep({KILL_AFTER})"
+        program = "from __future__ import annotations\nfrom contextlib import suppress\n"
+        program += "import os, threading, time\n" + "".join(getlines(__file__, globals())[first:end])
+        program += f"_keep({KILL_AFTER})"
         command: Any = [sys.executable, "-IS", "-c", program]
         streams: Any = {"stdin": PIPE, "stdout": DEVNULL, "stderr": DEVNULL}
         try:
@@ -4846,12 +4847,12 @@ def _end_of(file: Any, size: int) -> str:
     return str(file.read(BLOCK).decode(errors="backslashreplace").rstrip("\n"))
 
 
-# The keeper's program is the lines from here to main(), and nothing else of this file. It knows a command by the id
-# of its process, which is that of its group and of its session, too.
+# The keeper's program is the lines from here to main(), and nothing else of this file. It knows a command by
+# the id of its process, which is that of its group and of its session, too.
 
 
 def _members(session: int) -> list[int]:
-    """Its processes, where /proc tells: some have made a group of their own (timeout does). Else its group."""
+    """Its processes, where /proc tells: some make a group of their own (timeout does). Else its group."""
 
     def belongs(pid: str) -> bool:
         try:
