@@ -796,9 +796,9 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
     re.IGNORECASE,
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
-STARTED = object()  # an attempt's word that it has started, at its started_at
 ROLLED_BACK = "a handler's statement rolled back the transaction; do not catch the exception that it raised"
 STATUS = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished)  # these touch no table of the user's
+STARTED = object()  # an attempt's word that it has started, at its started_at
 PROGRESS = object()  # and that it has news: only the newest counts, and the context keeps it
 
 
@@ -2681,7 +2681,7 @@ class _Attempt(TaskContext):
         if self._terms.atomic:
             return super().deliver(sent)
         self.check()
-        if not self.run.channel.put(self, sent, sent.rows if sent.rows > 1 else 0):
+        if not self.run.channel.put(self, sent, sent.rows):
             self._refuse_if_closed(sent)
         return None
 
