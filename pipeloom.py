@@ -69,8 +69,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import import_module
-from itertools import accumulate, chain, count, groupby, islice
-from operator import attrgetter, index, itemgetter, length_hint
+from itertools import accumulate, chain, compress, count, groupby, islice
+from operator import attrgetter, index, is_, itemgetter, length_hint
 from sched import scheduler
 from threading import get_ident
 from types import CoroutineType
@@ -277,6 +277,13 @@ def _now() -> str:
 _second = (0, "")
 
 
+def _finished(id: int, status: str, result: str | None = None, message: str = "") -> MsgTaskFinished:
+    """A finish, now; as it is frozen, its own __init__ takes twice as long."""
+    m = object.__new__(MsgTaskFinished)
+    vars(m).update(task_id=id, status=status, finished_at=_now(), result=result, message=message)
+    return m
+
+
 def _words(error: BaseException) -> str:
     """The text of an exception, even of one whose own `__str__` raises."""
     try:
@@ -374,10 +381,15 @@ def _checked_execute(m: MsgExecute) -> MsgExecute:
 def _check_sql(sql: object) -> None:
     if not isinstance(sql, str):
         raise MessageRefused(f"sql {sql!r} cannot be run: expected a str")
-    if TRANSACTION.match(sql):
+    if _ends_transaction(sql):
         raise MessageRefused(
             f"{sql!r:.80} is not allowed in a task, because the writer manages transactions; remove it"
         )
+
+
+@lru_cache(256)
+def _ends_transaction(sql: str) -> bool:
+    return TRANSACTION.match(sql) is not None
 
 
 def _row(params: Any) -> Any:
@@ -723,10 +735,8 @@ class Channel:
         `last` closes the sender with this message, in one step: whoever comes first (the worker, a deadline
         or a second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
         """
-        while wait and self._is_full() and self.failure is None:
-            with self._room:
-                if self._is_full() and self.failure is None:
-                    self._room.wait(0.5)
+        if wait and self._queue.qsize() + self._rows >= self._limit:
+            self._wait_for_room()
         if self.failure is not None:
             raise self.failure
         if rows > 1:
@@ -740,6 +750,12 @@ class Channel:
             sender.closed = last
             self._queue.put((sender, message))
         return True
+
+    def _wait_for_room(self) -> None:
+        while self._is_full() and self.failure is None:
+            with self._room:
+                if self._is_full() and self.failure is None:
+                    self._room.wait(0.5)
 
     def _is_full(self) -> bool:
         """Never without an item: it is for these that the writer comes, and then forgets the rows."""
@@ -757,7 +773,7 @@ class Channel:
         self._unsettled = len(items) if hasattr(self._queue, "task_done") else 0
         with self._room:
             self._room.notify_all()
-        end = next((n for n, item in enumerate(items) if item is SENTINEL), None)
+        end = next(compress(count(), map(partial(is_, SENTINEL), items)), None)
         if end is not None:
             self._ended = True
             del items[end:]
@@ -1062,9 +1078,9 @@ class _Status:
 
     def begin(self, sender: _Attempt) -> None:
         """The short way to started(), for the engine's own word."""
-        id, at = sender.task_id, sender.started_at
+        id, at, attempts = sender.task_id, sender.started_at, sender.attempt
         self._pending[id] = _TaskRow(
-            id, sender.name, RUNNING, started_at=at, attempts=sender.attempt, run_id=self.run_id
+            id, sender.name, RUNNING, 0.0, "", at, None, None, attempts, self.run_id
         )
 
     def started(self, m: MsgTaskStarted) -> None:
@@ -1274,7 +1290,7 @@ class SQLiteWriter(threading.Thread):
             self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         what = sender.record(error)
-        finish = MsgTaskFinished(sender.task_id, ERROR, _now(), None, what)
+        finish = _finished(sender.task_id, ERROR, None, what)
         self.store.transaction(self._apply_all, [(sender, finish)])
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
@@ -1307,10 +1323,12 @@ class SQLiteWriter(threading.Thread):
         elif message is PROGRESS:
             sender.has_news = False
             self.status.progressed(sender.news)
-        else:
-            if type(message) is MsgTaskFinished and message.status == DONE and sender.owns(message):
+        elif type(message) is MsgTaskFinished and sender.owns(message):
+            if message.status == DONE:
                 for held in sender.held:
                     self._hand_over(held, joined)
+            self.status.finished(message)
+        else:
             self._hand_over(message, joined)
 
     def _hand_over(self, message: Any, joined: _Joined) -> None:
@@ -1412,18 +1430,19 @@ class _Joined:
         """Take the rows of a message for a group that is not before the task's last; else False, and what is
         here has been stored: what another message does may depend on it.
         """
-        few = self._joins and type(m) is _Statement and m.many and m.rows <= FEW
-        if not (few and _are_plain(m.params, _insert_parts(m.sql)[3])):
-            if type(m) not in STATUS:
-                self.insert()
-            return False
-        at = self._newest.get(m.sql, -1)
-        if at < self._last.get(sender, 0):
-            at = self._newest[m.sql] = len(self._groups)
-            self._groups.append((m.sql, []))
-        self._last[sender] = at
-        self._groups[at][1].extend(m.params)
-        return True
+        if self._joins and type(m) is _Statement:
+            sql, rows, many, _ = m
+            if many and len(rows) <= FEW and _are_plain(rows, _insert_parts(sql)[3]):
+                at = self._newest.get(sql, -1)
+                if at < self._last.get(sender, 0):
+                    at = self._newest[sql] = len(self._groups)
+                    self._groups.append((sql, []))
+                self._last[sender] = at
+                self._groups[at][1].extend(rows)
+                return True
+        if type(m) not in STATUS:
+            self.insert()
+        return False
 
     def insert(self) -> None:
         for sql, rows in self._groups:
@@ -1449,7 +1468,7 @@ def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
     return f"; {f'{which} is {shortened(row)}, ' * bool(row)}in {sql if len(sql) <= 80 else f'{sql[:79]}…'!r}"
 
 
-@lru_cache(1_000)
+@lru_cache(256)
 def _insert_parts(sql: str) -> tuple[str, str, str, int]:
     """What stands before, in and after the parentheses of VALUES, and how many values they take, or 0."""
     match = INSERT_VALUES.match(sql)
@@ -2405,11 +2424,11 @@ NOT_HERE = (  # in memory, or on the machine of the run and not of the executor
     "; use a file, and threads or processes of this machine"
 )
 _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
-_Sent = namedtuple("_Sent", "message rows place")  # what a task stores: how many rows, sent from which line
-_Statement = namedtuple("_Statement", "sql params many rows place")  # a MsgExecute, in the same way
+_Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
+_Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
 _NO_TROUBLE = _Trouble(None, None, "")
-_NO_GROUP: tuple[Any, list[Any], Any, int] = (object(), [], None, 0)
+_NO_GROUP: tuple[Any, list[Any], int, Any] = (object(), [], 0, None)
 
 
 class TaskContext:
@@ -2437,7 +2456,7 @@ class TaskContext:
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
         self._held_rows = self._thread = 0  # how many rows; which thread runs the function
-        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, rows, sender's line, limit
+        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, rows, their limit, all of it
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
@@ -2464,10 +2483,9 @@ class TaskContext:
         elif kind in STATUS:
             self.pass_on(message)
         elif kind is MsgExecute:
-            rows = len(message.params) if message.many else 1
-            self._send(_Statement(message.sql, message.params, message.many, rows, _place()))
+            self._send(_Statement(message.sql, message.params, message.many, _place(2)))
         else:
-            self._send(_Sent(message, 1, _place()))
+            self._send(_Sent(message, _place(2)))
 
     put_nowait = put  # for code that treats the context as a queue
 
@@ -2499,7 +2517,7 @@ class TaskContext:
             group = self._new_group(sql)
         rows = group[1]
         rows.append(params if type(params) is tuple else _row(params))
-        if len(rows) >= group[3]:
+        if len(rows) >= group[2]:
             self.flush()
         return None
 
@@ -2571,22 +2589,26 @@ class TaskContext:
         return True
 
     def flush(self) -> None:
-        """Send the open group on."""
-        if self._group is not _NO_GROUP:
-            with self.lock:  # a thread of the task's may have ended it, and be here as well
-                (sql, rows, place, _), self._group = self._group, _NO_GROUP
-            if rows:
-                self.deliver(_Statement(sql, rows, True, len(rows), place))
+        """End the open group, and send it on where rows are streamed."""
+        if self._terms.atomic:
+            rows, self._group = self._group[1], _NO_GROUP
+            return self._count(len(rows))
+        with self.lock:  # a thread of the task's may have ended it, and be here as well
+            (_, rows, _, statement), self._group = self._group, _NO_GROUP
+        return self.deliver(statement) if rows else None
 
     def deliver(self, sent: _Sent | _Statement) -> None:
         """Keep what is to be stored if the task is done."""
         with self.lock:
             self._refuse_if_closed(sent)
             self.held.append(sent)
-            before, self._held_rows = self._held_rows, self._held_rows + sent.rows
-        if before < MANY_ROWS <= before + sent.rows:
+        self._count(_rows_in(sent))
+
+    def _count(self, rows: int) -> None:
+        before, self._held_rows = self._held_rows, self._held_rows + rows
+        if before < MANY_ROWS <= before + rows:
             told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
-            self.tell(logging.WARNING, told, self.name, before + sent.rows)
+            self.tell(logging.WARNING, told, self.name, before + rows)
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         logger.log(level, told, *arguments)
@@ -2598,20 +2620,31 @@ class TaskContext:
 
     def _send_rows(self, sql: str, rows: list[Any]) -> None:
         _check_sql(sql)
-        self._send(_Statement(sql, rows, True, len(rows), _place()))
+        self._send(_Statement(sql, rows, True, _place(3)))
 
-    def _new_group(self, sql: str) -> tuple[Any, list[Any], Any, int]:
-        self.flush()
-        self._refuse_if_closed()
+    def _new_group(self, sql: str) -> tuple[Any, list[Any], int, Any]:
+        """Open a group: what is kept here is kept at once, with the rows that come later."""
+        if self._group is not _NO_GROUP:
+            self.flush()
         _check_sql(sql)
-        self._group = (sql, [], _place(), self._terms.limit)
-        return self._group
+        if self.closed or self.reason is not None:
+            self._refuse_if_closed()
+        rows: list[Any] = []
+        statement, terms = _Statement(sql, rows, True, _place(3)), self._terms
+        if terms.atomic:
+            self.held.append(statement)
+        self._group = group = (sql, rows, terms.limit, statement)
+        return group
 
     def _refuse_if_closed(self, sent: Any = None) -> None:
         self.check()
         if self.closed:
             what = type(sent.message).__name__ if type(sent) is _Sent else "execute()"
             raise MessageRefused(f"task {self.name!r} has already finished; {what} was not stored")
+
+
+def _rows_in(sent: _Sent | _Statement) -> int:
+    return len(sent.params) if type(sent) is _Statement and sent.many else 1
 
 
 def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
@@ -2681,7 +2714,7 @@ class _Attempt(TaskContext):
         if self._terms.atomic:
             return super().deliver(sent)
         self.check()
-        if not self.run.channel.put(self, sent, sent.rows):
+        if not self.run.channel.put(self, sent, _rows_in(sent)):
             self._refuse_if_closed(sent)
         return None
 
@@ -2712,7 +2745,7 @@ class _Attempt(TaskContext):
 
     def cut_off(self, status: str, reason: str) -> None:
         """Anybody else's end of it, who does not wait: only a done task's rows are stored."""
-        message = MsgTaskFinished(self.task_id, status, _now(), None, reason)
+        message = _finished(self.task_id, status, None, reason)
         with suppress(WriterFailed):  # which ends the run
             self.run.channel.put(self, message, last=True, wait=False)
 
@@ -2768,9 +2801,9 @@ def _place_in(stack: Sequence[Any]) -> str:
     return f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}" if frame else ""
 
 
-def _place() -> Line | None:
-    """The user's line that has called this file."""
-    frame: Any = sys._getframe(2)
+def _place(depth: int) -> Line | None:
+    """The user's line that has called this file, so many calls above or more."""
+    frame: Any = sys._getframe(depth)
     while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame and (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
@@ -2966,8 +2999,10 @@ class _Declared:
 
 def _identify(task: Any) -> tuple[Any, str | None]:
     """The id and the name that a task has of itself, if any."""
-    if isinstance(task, (str, int, float, os.PathLike)):
-        return None, os.fspath(task) if isinstance(task, os.PathLike) else str(task)
+    if isinstance(task, (str, int, float)):
+        return None, str(task)
+    if isinstance(task, os.PathLike):
+        return None, os.fspath(task)
     if isinstance(task, Mapping):
         return task.get("task_id"), task.get("name")
     return getattr(task, "task_id", None), getattr(task, "name", None)
@@ -3294,7 +3329,7 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
         ctx.flush()
         return ctx.held, _result_text(value), None
     except TaskCancelled as stop:
-        return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop))], None, None
+        return [_finished(ctx.task_id, CANCELLED, None, _words(stop))], None, None
     except BaseException as error:
         return [], None, _told(error)
 
@@ -3367,10 +3402,10 @@ class _Worker(_TaskThread):
             return
         try:
             value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
-            finish = MsgTaskFinished(ctx.task_id, DONE, _now(), _result_text(value))
+            finish = _finished(ctx.task_id, DONE, _result_text(value))
             accepted = ctx.closed or ctx.finish(finish)
         except TaskCancelled as stop:
-            ctx.finish(MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
+            ctx.finish(_finished(ctx.task_id, CANCELLED, None, _words(stop)))
         except WriterFailed:
             raise
         except BaseException as error:  # SystemExit too: a task's end is not the program's
@@ -3432,7 +3467,7 @@ class _Worker(_TaskThread):
             return ctx.tell(level, told, ctx.name, _describe(error))
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
-        ctx.finish(MsgTaskFinished(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
+        ctx.finish(_finished(ctx.task_id, ERROR, None, ctx.record(error)))
         return None
 
 
@@ -3447,6 +3482,7 @@ class _Crew:
         self._run = run
         self.size = size
         self.room = max(64, 4 * size)  # how many are pulled ahead
+        self.limit = max(LIVE, 2 * size)  # how many there may be
         self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self.live: dict[int, _Attempt] = {}  # by task_id
         self.timer = _Timer(run.wake.ring)
@@ -3483,7 +3519,7 @@ class _Crew:
             raise
 
     def has_room(self) -> bool:
-        return self.ready.qsize() < self.room and len(self.live) < max(LIVE, 2 * self.size)
+        return self.ready.qsize() < self.room and len(self.live) < self.limit
 
     def submit(self, ctx: _Attempt, doomed: str) -> None:
         self.live[ctx.task_id] = ctx  # first: from here on somebody ends it
@@ -4049,7 +4085,7 @@ class _Run:
                 stage.settled += 1
                 if status != DONE:
                     self._note_trouble(ctx, status, message)
-                if stage.exhausted:
+                if stage.has_ended():
                     self.graph.stirred(stage)
         self.wake.ring()
 

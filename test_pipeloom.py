@@ -6564,7 +6564,7 @@ def test_rows_that_are_joined_are_all_stored_and_each_task_keeps_its_order(steps
             own = sent.setdefault(task, [])
             rows = [(task, len(own) + n) for n in range(number)]
             own.extend(rows)
-            statement = pipeloom._Statement(sql, rows, True, number, None)
+            statement = pipeloom._Statement(sql, rows, True, None)
             if not joined.takes(task, statement):
                 pipeloom._run_statement(conn, statement)
                 others.append((conn.execute("SELECT count(*) FROM log").fetchone()[0], sum(map(len, sent.values()))))
@@ -6583,7 +6583,7 @@ def test_the_same_statement_of_many_tasks_is_run_once():
         joined = pipeloom._Joined(conn, 300)
         for task in range(300):
             for sql in (INTO_A, INTO_B):
-                assert joined.takes(task, pipeloom._Statement(sql, [(task, 1)], True, 1, None))
+                assert joined.takes(task, pipeloom._Statement(sql, [(task, 1)], True, None))
         conn.set_trace_callback(run_there.append)
         joined.insert()
         conn.set_trace_callback(None)
