@@ -259,6 +259,9 @@ class MsgExecute:
     many: bool = False
 
 
+_Finish = namedtuple("_Finish", "task_id status finished_at result message")  # of the engine's own making,
+# which is far quicker than a frozen dataclass and weighs less
+
 TaskDef = DemoTask = Task
 MsgTaskStart, MsgTaskFinish = MsgTaskStarted, MsgTaskFinished
 TRANSACTION = re.compile(r"\s*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
@@ -268,20 +271,17 @@ SENTINEL = object()  # asks a writer to commit what it has and stop; known by id
 def _now() -> str:
     """ISO 8601 text in UTC; most of it is the same for a whole second, and kept."""
     global _second
-    second, micro = divmod(time.time_ns() // 1000, 1_000_000)
-    if second != _second[0]:
-        _second = second, datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{_second[1]}.{micro:06}+00:00"
+    now, (start, text) = time.time_ns() // 1000, _second
+    micro = now - start  # from 1,000,000 on: seven digits, as to pad six with zeros costs more than all else
+    if not 1_000_000 <= micro < 2_000_000:
+        second = now // 1_000_000
+        start, micro = (second - 1) * 1_000_000, 1_000_000 + now % 1_000_000
+        text = datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+        _second = start, text
+    return f"{text}.{str(micro)[1:]}+00:00"
 
 
 _second = (0, "")
-
-
-def _finished(id: int, status: str, result: str | None = None, message: str = "") -> MsgTaskFinished:
-    """A finish, now; as it is frozen, its own __init__ takes twice as long."""
-    m = object.__new__(MsgTaskFinished)
-    vars(m).update(task_id=id, status=status, finished_at=_now(), result=result, message=message)
-    return m
 
 
 def _words(error: BaseException) -> str:
@@ -717,7 +717,7 @@ class Channel:
     wait for good. A lone SQLiteWriter's user has a queue.Queue instead, whose items are bare messages.
     """
 
-    def __init__(self, source: Any = None, limit: int = 4_000) -> None:
+    def __init__(self, source: Any = None, limit: int = 2_000) -> None:
         self._queue: Any = queue.SimpleQueue() if source is None else source
         self._bare = source is not None
         self._limit = limit
@@ -750,6 +750,12 @@ class Channel:
             sender.closed = last
             self._queue.put((sender, message))
         return True
+
+    def push(self, sender: _Attempt, message: Any) -> None:
+        """The same where the sender's lock is held: it does not wait, and is for one message an attempt."""
+        if self.failure is not None:
+            raise self.failure
+        self._queue.put((sender, message))
 
     def _wait_for_room(self) -> None:
         while self._is_full() and self.failure is None:
@@ -1105,18 +1111,19 @@ class _Status:
         if self._shows:
             self.news[m.task_id, MsgTaskProgress] = m
 
-    def finished(self, m: MsgTaskFinished) -> None:
-        sender, row = self._own_sender(m), self._pending.get(m.task_id) or self._row_or_new(m)
+    def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
+        """The end of a task; `sender` is its attempt, if that has sent it."""
+        row = self._pending.get(m.task_id) or self._row_or_new(m)
         if sender is None and row.status in FINAL:
             return  # the first finish counts; a worker's own is the first, as its context sees to that
         if m.status == ERROR and sender is not None and sender.may_retry():
-            m = MsgTaskFinished(m.task_id, QUEUED, "", None, f"attempt {sender.attempt} failed: {m.message}")
+            m = _Finish(m.task_id, QUEUED, "", None, f"attempt {sender.attempt} failed: {m.message}")
         row.status, row.result, row.message, row.run_id = m.status, m.result, m.message, self.run_id
         row.finished_at = m.finished_at or None
         if m.status == DONE:
             row.progress = 1.0
         if self._shows:
-            self.news[m.task_id, MsgTaskFinished] = m
+            self.news[m.task_id, MsgTaskFinished] = MsgTaskFinished(*m) if type(m) is _Finish else m
         if sender is not None:
             row.traceback = sender.trouble.traceback if m.status != DONE else None
             self.ended.append((sender, m.status, m.message))
@@ -1290,7 +1297,7 @@ class SQLiteWriter(threading.Thread):
             self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         what = sender.record(error)
-        finish = _finished(sender.task_id, ERROR, None, what)
+        finish = _Finish(sender.task_id, ERROR, _now(), None, what)
         self.store.transaction(self._apply_all, [(sender, finish)])
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
@@ -1313,7 +1320,9 @@ class SQLiteWriter(threading.Thread):
         self.status.sender = sender
         if sender is None:
             check = CHECKS.get(type(message))  # a plain queue has checked nothing
-            self._hand_over(message if check is None else check(message), joined)
+            message = message if check is None else check(message)
+            if not joined.takes(None, message):
+                self._hand_over(message)
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
         elif message is STARTED and not self.shows:  # nobody needs a message
@@ -1323,18 +1332,17 @@ class SQLiteWriter(threading.Thread):
         elif message is PROGRESS:
             sender.has_news = False
             self.status.progressed(sender.news)
-        elif type(message) is MsgTaskFinished and sender.owns(message):
+        elif type(message) is _Finish or (type(message) is MsgTaskFinished and sender.owns(message)):
             if message.status == DONE:
                 for held in sender.held:
-                    self._hand_over(held, joined)
-            self.status.finished(message)
-        else:
-            self._hand_over(message, joined)
+                    if not joined.takes(sender, held):
+                        self._hand_over(held)
+            self.status.finished(message, sender)
+        elif not joined.takes(sender, message):
+            self._hand_over(message)
 
-    def _hand_over(self, message: Any, joined: _Joined) -> None:
+    def _hand_over(self, message: Any) -> None:
         try:
-            if joined.takes(self.status.sender, message):
-                return
             if type(message) is _Statement:
                 _run_statement(self.conn, message)
             else:
@@ -2427,6 +2435,7 @@ _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atom
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
 _Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
+LOCKS = [threading.Lock() for _ in range(61)]  # of attempts; nobody holds two, so that they can share them
 _NO_TROUBLE = _Trouble(None, None, "")
 _NO_GROUP: tuple[Any, list[Any], int, Any] = (object(), [], 0, None)
 
@@ -2581,7 +2590,7 @@ class TaskContext:
     def pass_on(self, message: Any) -> None:
         self.held.append(message)  # a status message that is not this task's end
 
-    def finish(self, message: MsgTaskFinished) -> bool:
+    def finish(self, message: MsgTaskFinished | _Finish) -> bool:
         """The task's own word on how it ended; False if it had ended before."""
         self.flush()
         self.closed = True
@@ -2681,7 +2690,7 @@ class _Attempt(TaskContext):
     ) -> None:
         TaskContext.__init__(self, stage.terms, task, task_id, name, attempt)
         self.run, self.stage = run, stage
-        self.lock = threading.Lock()
+        self.lock = LOCKS[task_id % len(LOCKS)]
         self.started_at = ""  # until it starts
         self.has_news = False  # and that is on its way to the writer
         self.rejected = False  # a message of this attempt was bad
@@ -2724,11 +2733,12 @@ class _Attempt(TaskContext):
     def begin(self) -> bool:
         """Start, in the thread that calls this; False if it was cancelled before."""
         with self.lock:
-            if self.started_at:
+            if self.started_at or self.closed:
                 return False
             self.started_at = _now()
+            self.run.channel.push(self, STARTED)
         self.enter()
-        return self.run.channel.put(self, STARTED)
+        return True
 
     def cancel_unstarted(self, reason: str) -> None:
         """Cancel it unless it runs, or ran."""
@@ -2738,14 +2748,14 @@ class _Attempt(TaskContext):
             self.started_at = "never"
         self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
 
-    def finish(self, message: MsgTaskFinished) -> bool:
+    def finish(self, message: MsgTaskFinished | _Finish) -> bool:
         if (message.status == DONE or not self._terms.atomic) and not self.closed and self.reason is None:
             self.flush()
         return self.run.channel.put(self, message, self._held_rows, last=True)
 
     def cut_off(self, status: str, reason: str) -> None:
         """Anybody else's end of it, who does not wait: only a done task's rows are stored."""
-        message = _finished(self.task_id, status, None, reason)
+        message = _Finish(self.task_id, status, _now(), None, reason)
         with suppress(WriterFailed):  # which ends the run
             self.run.channel.put(self, message, last=True, wait=False)
 
@@ -3329,7 +3339,7 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
         ctx.flush()
         return ctx.held, _result_text(value), None
     except TaskCancelled as stop:
-        return [_finished(ctx.task_id, CANCELLED, None, _words(stop))], None, None
+        return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop))], None, None
     except BaseException as error:
         return [], None, _told(error)
 
@@ -3402,10 +3412,10 @@ class _Worker(_TaskThread):
             return
         try:
             value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
-            finish = _finished(ctx.task_id, DONE, _result_text(value))
+            finish = _Finish(ctx.task_id, DONE, _now(), _result_text(value), "")
             accepted = ctx.closed or ctx.finish(finish)
         except TaskCancelled as stop:
-            ctx.finish(_finished(ctx.task_id, CANCELLED, None, _words(stop)))
+            ctx.finish(_Finish(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
         except WriterFailed:
             raise
         except BaseException as error:  # SystemExit too: a task's end is not the program's
@@ -3467,7 +3477,7 @@ class _Worker(_TaskThread):
             return ctx.tell(level, told, ctx.name, _describe(error))
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
-        ctx.finish(_finished(ctx.task_id, ERROR, None, ctx.record(error)))
+        ctx.finish(_Finish(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
         return None
 
 
