@@ -1083,11 +1083,11 @@ class _Status:
         self._pending, self.news, self.ended, self._shows = {}, {}, [], shows
 
     def begin(self, sender: _Attempt) -> None:
-        """The short way to started(), for the engine's own word."""
-        id, at, attempts = sender.task_id, sender.started_at, sender.attempt
-        self._pending[id] = _TaskRow(
-            id, sender.name, RUNNING, 0.0, "", at, None, None, attempts, self.run_id
-        )
+        """The same as started(), for the engine's own word."""
+        id, at, number = sender.task_id, sender.started_at, sender.attempt
+        self._pending[id] = _TaskRow(id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id)
+        if self._shows:
+            self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at)
 
     def started(self, m: MsgTaskStarted) -> None:
         sender, row = self._own_sender(m), self._row(m)
@@ -1205,7 +1205,7 @@ class SQLiteWriter(threading.Thread):
             MsgTaskFinished: self.status.finished,
         }
         for kind, handler in {MsgExecute: _run_statement, **_checked_handlers(handlers or {})}.items():
-            self._apply_by_type[kind] = partial(self._on_own, handler)
+            self._apply_by_type[kind] = partial(self._call, handler)
         self.kinds = tuple(self._apply_by_type)  # the classes of messages that it applies
 
     @property
@@ -1218,9 +1218,8 @@ class SQLiteWriter(threading.Thread):
     def _is_hurried(self) -> bool:
         return self._engine is not None and self._engine.signals.urgency() >= (1, 3)[self.opened]
 
-    # The thread. Whatever goes wrong in it ends in `error`, and the channel then refuses its producers.
-
     def run(self) -> None:
+        """Whatever goes wrong here ends in `error`, and the channel then refuses its producers."""
         try:
             if self._engine is None:  # a run has done so
                 self._display.open()
@@ -1325,10 +1324,8 @@ class SQLiteWriter(threading.Thread):
                 self._hand_over(message)
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
-        elif message is STARTED and not self.shows:  # nobody needs a message
-            self.status.begin(sender)
         elif message is STARTED:
-            self.status.started(MsgTaskStarted(sender.task_id, sender.name, sender.started_at))
+            self.status.begin(sender)
         elif message is PROGRESS:
             sender.has_news = False
             self.status.progressed(sender.news)
@@ -1373,7 +1370,7 @@ class SQLiteWriter(threading.Thread):
             self._apply_by_type[kind] = self._apply_by_type[base]
         self._apply_by_type[kind](message)
 
-    def _on_own(self, handler: Handler, message: Any) -> None:
+    def _call(self, handler: Handler, message: Any) -> None:
         handler(self.conn, message)
 
 
@@ -2435,7 +2432,6 @@ _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atom
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
 _Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
-LOCKS = [threading.Lock() for _ in range(61)]  # of attempts; nobody holds two, so that they can share them
 _NO_TROUBLE = _Trouble(None, None, "")
 _NO_GROUP: tuple[Any, list[Any], int, Any] = (object(), [], 0, None)
 
@@ -2446,7 +2442,7 @@ class TaskContext:
     Rows and messages that it sends are kept here and stored together with the finish, if and only if the
     task is done; with atomic=False they are sent on as they come. Everything that sends raises TaskCancelled
     once the task is to stop, and WriterFailed once nothing can be stored. This class only gathers, as in a
-    process of executor=; an _Attempt sends. `lock` guards `held` and `closed`; the group is one thread's.
+    process of executor=; an _Attempt sends. `lock` guards its end; the group is one thread's.
     """
 
     __slots__ = (
@@ -2465,7 +2461,7 @@ class TaskContext:
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
         self._held_rows = self._thread = 0  # how many rows; which thread runs the function
-        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, rows, their limit, all of it
+        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, rows, limit, message
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
@@ -2506,15 +2502,14 @@ class TaskContext:
     def track(self, iterable: Iterable[Any], total: float | None = None) -> Iterator[Any]:
         """Pass items on and say how far they are, ten times a second at most."""
         total = length_hint(iterable) if total is None and hasattr(iterable, "__len__") else total
-        clock, step = time.monotonic, 0
-        due = clock() + FRAME
+        step, due = 0, time.monotonic() + FRAME
         for step, item in enumerate(iterable, 1):
             yield item
             if self.reason is not None:
                 self.check()
-            if clock() >= due:
+            if time.monotonic() >= due:
                 self.progress(step, total)
-                due = clock() + FRAME
+                due = time.monotonic() + FRAME
         self.progress(step, total)
 
     def execute(self, sql: str, params: Any = ()) -> None:
@@ -2533,11 +2528,9 @@ class TaskContext:
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
         """One SQL statement for many rows, from any iterable."""
         _check_sql(sql)
-        rows, limit = iter(rows), self._terms.limit
-        batch = _rows(islice(rows, limit))
-        while batch:
+        rest, limit = iter(rows), self._terms.limit
+        for batch in iter(lambda: _rows(islice(rest, limit)), []):
             self._send_rows(sql, batch)
-            batch = _rows(islice(rows, limit))
 
     def upsert(self, table: str, rows: Iterable[Mapping[str, Any]], key: Any) -> None:
         """Insert mappings of column to value; where `key` (a column or several) is there, update the rest.
@@ -2545,13 +2538,9 @@ class TaskContext:
         The key needs a UNIQUE or PRIMARY KEY in the table.
         """
         keys = [key] if isinstance(key, str) else list(key)
-        if isinstance(rows, Mapping):
-            raise MessageRefused(f"upsert into {table!r}: rows is one mapping; expected a list of them")
-        if hasattr(rows, "to_dict"):
-            raise MessageRefused(f"upsert into {table!r}: expected mappings, as in df.to_dict('records')")
         columns: list[str] = []
         sql = ""
-        for row in rows:
+        for row in _mappings(table, rows):
             if list(row) != columns or not columns:
                 columns, sql = list(row), _upsert_sql(table, list(row), keys)
             self.execute(sql, tuple(row.values()))
@@ -2632,17 +2621,14 @@ class TaskContext:
         self._send(_Statement(sql, rows, True, _place(3)))
 
     def _new_group(self, sql: str) -> tuple[Any, list[Any], int, Any]:
-        """Open a group: what is kept here is kept at once, with the rows that come later."""
         if self._group is not _NO_GROUP:
             self.flush()
         _check_sql(sql)
-        if self.closed or self.reason is not None:
-            self._refuse_if_closed()
-        rows: list[Any] = []
-        statement, terms = _Statement(sql, rows, True, _place(3)), self._terms
+        self._refuse_if_closed()
+        statement, terms = _Statement(sql, [], True, _place(3)), self._terms
         if terms.atomic:
-            self.held.append(statement)
-        self._group = group = (sql, rows, terms.limit, statement)
+            self.held.append(statement)  # now, with the rows that come later
+        self._group = group = (sql, statement.params, terms.limit, statement)
         return group
 
     def _refuse_if_closed(self, sent: Any = None) -> None:
@@ -2654,6 +2640,14 @@ class TaskContext:
 
 def _rows_in(sent: _Sent | _Statement) -> int:
     return len(sent.params) if type(sent) is _Statement and sent.many else 1
+
+
+def _mappings(table: str, rows: Any) -> Iterable[Mapping[str, Any]]:
+    if isinstance(rows, Mapping):
+        raise MessageRefused(f"upsert into {table!r}: rows is one mapping; expected a list of them")
+    if hasattr(rows, "to_dict"):
+        raise MessageRefused(f"upsert into {table!r}: expected mappings, as in df.to_dict('records')")
+    return rows  # type: ignore[no-any-return]
 
 
 def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
@@ -2690,7 +2684,7 @@ class _Attempt(TaskContext):
     ) -> None:
         TaskContext.__init__(self, stage.terms, task, task_id, name, attempt)
         self.run, self.stage = run, stage
-        self.lock = LOCKS[task_id % len(LOCKS)]
+        self.lock = run.crew.locks[task_id % LOCKS]
         self.started_at = ""  # until it starts
         self.has_news = False  # and that is on its way to the writer
         self.rejected = False  # a message of this attempt was bad
@@ -2749,9 +2743,10 @@ class _Attempt(TaskContext):
         self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
 
     def finish(self, message: MsgTaskFinished | _Finish) -> bool:
-        if (message.status == DONE or not self._terms.atomic) and not self.closed and self.reason is None:
+        if not (self._terms.atomic or self.closed or self.cancelled):
             self.flush()
-        return self.run.channel.put(self, message, self._held_rows, last=True)
+        rows = self._held_rows + len(self._group[1])
+        return self.run.channel.put(self, message, rows, last=True)
 
     def cut_off(self, status: str, reason: str) -> None:
         """Anybody else's end of it, who does not wait: only a done task's rows are stored."""
@@ -2842,6 +2837,7 @@ ENGINE = (_place.__code__.co_filename, threading.__file__, LIBRARY + "asyncio", 
 FAILURES_KEPT = 100  # in a RunResult, and as many causes
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
+LOCKS = 61  # of attempts; one for each would weigh as much as all else that waits
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 NEVER = -(2**63)  # as a run's number: older than all; as an id: below all
@@ -3495,6 +3491,7 @@ class _Crew:
         self.limit = max(LIVE, 2 * size)  # how many there may be
         self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self.live: dict[int, _Attempt] = {}  # by task_id
+        self.locks = [threading.Lock() for _ in range(LOCKS)]  # which attempts share: nobody holds two
         self.timer = _Timer(run.wake.ring)
         self.has_lost = False  # an attempt is marked as lost
         self._threads: set[threading.Thread] = set()

@@ -1026,6 +1026,21 @@ def test_the_first_finish_counts_and_what_comes_after_it_is_dropped_or_refused(d
     assert "raised an exception after it had finished, which is ignored: RuntimeError: after all" in caplog.text
 
 
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_thread_of_a_task_may_finish_it_with_the_rows_so_far(db, atomic):
+    def work(task, ctx):
+        ctx.execute("INSERT INTO users VALUES (?, ?)", ("before", "x"))
+        other = threading.Thread(target=ctx.put, args=(MsgTaskFinished(1, "done", "t1"),))
+        other.start()
+        other.join(WAIT)
+        with pytest.raises(pipeloom.MessageRefused, match=r"execute\(\) was not stored"):
+            ctx.execute("INSERT INTO users VALUES (?, ?)", ("after", "x"))
+
+    run([Task(1, "one")], db, work, schema=USERS, atomic=atomic)
+    assert rows(db, "SELECT key FROM users") == [("before",)]
+    assert rows(db, "SELECT status FROM task_runs") == [("done",)]
+
+
 @pytest.mark.parametrize(
     "handler", [insert_user, commits, commits_by_sql, commits_by_with, commits_by_script]
 )
@@ -3914,6 +3929,7 @@ def test_many_rows_of_many_shapes_arrive_whole(db):
         ("INSERT INTO t VALUES (:a)", [{"a": 1}, {"a": 2}]),
         ("UPDATE t SET a = ? RETURNING a", [(1,), (2,)]),
         ("WITH w AS (SELECT ?) INSERT INTO t SELECT * FROM w", [(1,), (2,)]),
+        ("INSERT INTO t DEFAULT VALUES", [(), ()]),
     ],
 )
 def test_many_rows_mean_what_they_mean_one_by_one(db, sql, values):
