@@ -3898,6 +3898,24 @@ def test_a_worker_keeps_its_own_list_and_may_use_it_again(db):
     assert rows(db, "SELECT * FROM users ORDER BY key") == [("a", "z"), ("b", "x"), ("c", "x"), ("d", "y")]
 
 
+@pytest.mark.parametrize("how", ["execute", "executemany", "both"])
+def test_a_task_that_holds_very_many_rows_is_told_once_of_atomic_false(db, how, caplog, monkeypatch):
+    monkeypatch.setattr(pipeloom, "MANY_ROWS", 100)
+
+    def work(task, ctx):
+        for n in range(0, 260, 5):
+            if how == "execute" or (how == "both" and n % 2):
+                for key in range(n, n + 5):
+                    ctx.execute("INSERT INTO users VALUES (?, ?)", (f"{task}-{key}", "x"))
+            else:
+                ctx.executemany("INSERT INTO users VALUES (?, ?)", [(f"{task}-{n + k}", "x") for k in range(5)])
+
+    run(["few", "many"], db, lambda task, ctx: task == "few" or work(task, ctx), schema=USERS)
+    assert rows(db, "SELECT count(*) FROM users") == [(260,)]
+    told = [record.getMessage() for record in caplog.records if "atomic=False" in record.getMessage()]
+    assert told == ["task 'many' holds 100 rows in memory until it is done; atomic=False streams them instead"]
+
+
 def test_many_rows_of_many_shapes_arrive_whole(db):
     def work(task, ctx):
         ctx.executemany(
@@ -5873,6 +5891,12 @@ def test_status_gives_no_time_left_rather_than_a_wrong_one(began, change, left):
               "counts": {**counts, "done": 19 + change.get("earlier", 0)}}  # fmt: skip
     line = pipeloom._run_lines(status)[1]
     assert (left in line) if left else ("left" not in line)
+
+
+def test_status_of_a_run_that_has_done_nothing_yet_speaks_of_no_earlier_runs():
+    run = {"status": "running", "alive": True, "ended": None, "began": time.time(), "pid": 1, "host": "h", "total": 3}
+    status = {"database": "x.db", "run": run, "run_counts": {"running": 1}, "counts": {"running": 1}}
+    assert pipeloom._run_lines(status)[1] == "0 of 3 done, 1 running"
 
 
 def status_of(**numbers):
