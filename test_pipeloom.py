@@ -3898,6 +3898,17 @@ def test_a_worker_keeps_its_own_list_and_may_use_it_again(db):
     assert rows(db, "SELECT * FROM users ORDER BY key") == [("a", "z"), ("b", "x"), ("c", "x"), ("d", "y")]
 
 
+@pytest.mark.parametrize("atomic", [True, False])
+def test_different_statements_are_run_in_the_order_in_which_a_task_executes_them(db, atomic):
+    def work(task, ctx):
+        for n in range(4):
+            ctx.execute("INSERT INTO users VALUES (?, 'x')", (str(n),))
+            ctx.execute("UPDATE users SET name = name || ?", (str(n),))
+
+    run(["t"], db, work, schema=USERS, atomic=atomic)
+    assert rows(db, "SELECT * FROM users") == [("0", "x0123"), ("1", "x123"), ("2", "x23"), ("3", "x3")]
+
+
 @pytest.mark.parametrize("how", ["execute", "executemany", "both"])
 def test_a_task_that_holds_very_many_rows_is_told_once_of_atomic_false(db, how, caplog, monkeypatch):
     monkeypatch.setattr(pipeloom, "MANY_ROWS", 100)
