@@ -332,7 +332,9 @@ def _task_id(value: object) -> int:
 
 
 def _checked_started(m: MsgTaskStarted) -> MsgTaskStarted:
-    return MsgTaskStarted(_task_id(m.task_id), _text(m.name), _time_text(m.started_at))
+    given = m.task_id, m.name, m.started_at
+    fields = _task_id(m.task_id), _text(m.name), _time_text(m.started_at)
+    return m if type(m) is MsgTaskStarted and all(map(is_, given, fields)) else MsgTaskStarted(*fields)
 
 
 def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
@@ -362,13 +364,11 @@ def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
 def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
     if m.status not in FINAL:
         raise MessageRefused(f"status {m.status!r} is unknown: expected 'done', 'error' or 'cancelled'")
-    return MsgTaskFinished(
-        _task_id(m.task_id),
-        str(m.status),
-        _time_text(m.finished_at),
-        _result_text(m.result),
-        _text(m.message),
-    )
+    given = m.task_id, m.status, m.finished_at, m.result, m.message
+    fields = (
+        _task_id(m.task_id), str(m.status), _time_text(m.finished_at), _result_text(m.result), _text(m.message)
+    )  # fmt: skip
+    return m if type(m) is MsgTaskFinished and all(map(is_, given, fields)) else MsgTaskFinished(*fields)
 
 
 def _checked_execute(m: MsgExecute) -> MsgExecute:
@@ -2452,9 +2452,8 @@ class TaskContext:
     lock: Any = nullcontext()  # nobody else is there, in another process
 
     def __init__(self, terms: _Terms, task: Any, task_id: int, name: str, attempt: int = 1) -> None:
-        self._terms = terms
+        self._terms, self.task_id, self.name = terms, task_id, name
         self.task = task  #: the task as it was given
-        self.task_id, self.name = task_id, name
         self.attempt = attempt  #: 1 for the first go, 2 for the first retry
         self.closed = False  # its end is on its way, and nothing is accepted any more
         self.reason: str | None = None  # why the task is to stop
@@ -2624,7 +2623,8 @@ class TaskContext:
         if self._group is not _NO_GROUP:
             self.flush()
         _check_sql(sql)
-        self._refuse_if_closed()
+        if self.closed or self.reason is not None:
+            self._refuse_if_closed()
         statement, terms = _Statement(sql, [], True, _place(3)), self._terms
         if terms.atomic:
             self.held.append(statement)  # now, with the rows that come later
