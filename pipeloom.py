@@ -1030,6 +1030,7 @@ class _TaskRow:
 
 
 _row_values = attrgetter(*COLUMNS)
+_finish_fields = attrgetter(*_Finish._fields)
 
 
 class _Status:
@@ -1116,17 +1117,18 @@ class _Status:
         row = self._pending.get(m.task_id) or self._row_or_new(m)
         if sender is None and row.status in FINAL:
             return  # the first finish counts; a worker's own is the first, as its context sees to that
-        if m.status == ERROR and sender is not None and sender.may_retry():
-            m = _Finish(m.task_id, QUEUED, "", None, f"attempt {sender.attempt} failed: {m.message}")
-        row.status, row.result, row.message, row.run_id = m.status, m.result, m.message, self.run_id
-        row.finished_at = m.finished_at or None
-        if m.status == DONE:
+        id, status, at, result, message = m if type(m) is _Finish else _finish_fields(m)
+        if status == ERROR and sender is not None and sender.may_retry():
+            status, at, result, message = QUEUED, "", None, f"attempt {sender.attempt} failed: {message}"
+        row.status, row.result, row.message, row.run_id = status, result, message, self.run_id
+        row.finished_at = at or None
+        if status == DONE:
             row.progress = 1.0
         if self._shows:
-            self.news[m.task_id, MsgTaskFinished] = MsgTaskFinished(*m) if type(m) is _Finish else m
+            self.news[id, MsgTaskFinished] = MsgTaskFinished(id, status, at, result, message)
         if sender is not None:
-            row.traceback = sender.trouble.traceback if m.status != DONE else None
-            self.ended.append((sender, m.status, m.message))
+            row.traceback = sender.trouble.traceback if status != DONE else None
+            self.ended.append((sender, status, message))
 
     def _own_sender(self, m: Any) -> _Attempt | None:
         """The attempt that a message is about, if its own worker sent it."""
@@ -3408,7 +3410,8 @@ class _Worker(_TaskThread):
             return
         try:
             value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
-            finish = _Finish(ctx.task_id, DONE, _now(), _result_text(value), "")
+            result = None if value is None else _result_text(value)
+            finish = _Finish(ctx.task_id, DONE, _now(), result, "")
             accepted = ctx.closed or ctx.finish(finish)
         except TaskCancelled as stop:
             ctx.finish(_Finish(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
@@ -3525,8 +3528,9 @@ class _Crew:
             self._threads.discard(thread)
             raise
 
-    def has_room(self) -> bool:
-        return self.ready.qsize() < self.room and len(self.live) < self.limit
+    def free(self) -> int:
+        """How many more may be submitted now; none, or less, if it is full."""
+        return min(self.room - self.ready.qsize(), self.limit - len(self.live))
 
     def submit(self, ctx: _Attempt, doomed: str) -> None:
         self.live[ctx.task_id] = ctx  # first: from here on somebody ends it
@@ -3830,7 +3834,7 @@ class _Intake:
         self._graph.begin = self._begin
 
     def has_work(self) -> bool:
-        return bool(self.sources) and self._crew.has_room()
+        return bool(self.sources) and self._crew.free() > 0
 
     def pull(self) -> None:
         """Submit tasks of the next stage while there is room."""
@@ -3849,14 +3853,14 @@ class _Intake:
             else:
                 self._run.display.tell(logging.ERROR, "%s%s; no new tasks will start", what, _describe(error))
             self._run.fail(error, what)
-        self._filled = not self._crew.has_room()
+        self._filled = self._crew.free() <= 0
 
     def _pull_from(self, stage: _Stage) -> None:
         items, signals = stage.items or self._open(stage), self._run.signals
-        while self._crew.has_room() and not self._run.stopping:
+        for _ in range(self._crew.free()):
             signals.pulling = True  # what a signal then raises ends next() only
             try:
-                if self._run.stopping:  # again, as stop() looks at `pulling` after it has said so
+                if self._run.stopping:  # now, as stop() looks at `pulling` after it has said so
                     return None
                 item = next(items, _END)
             finally:
@@ -4092,7 +4096,7 @@ class _Run:
                 stage.settled += 1
                 if status != DONE:
                     self._note_trouble(ctx, status, message)
-                if stage.has_ended():
+                if stage.exhausted and stage.has_ended():
                     self.graph.stirred(stage)
         self.wake.ring()
 
