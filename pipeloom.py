@@ -365,9 +365,8 @@ def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
     if m.status not in FINAL:
         raise MessageRefused(f"status {m.status!r} is unknown: expected 'done', 'error' or 'cancelled'")
     given = m.task_id, m.status, m.finished_at, m.result, m.message
-    fields = (
-        _task_id(m.task_id), str(m.status), _time_text(m.finished_at), _result_text(m.result), _text(m.message)
-    )  # fmt: skip
+    at, result = _time_text(m.finished_at), _result_text(m.result)
+    fields = _task_id(m.task_id), str(m.status), at, result, _text(m.message)
     return m if type(m) is MsgTaskFinished and all(map(is_, given, fields)) else MsgTaskFinished(*fields)
 
 
