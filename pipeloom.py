@@ -721,7 +721,8 @@ class Channel:
         self._bare = source is not None
         self._limit = limit
         self._rows = 0  # in the messages, which count as well: what waits here stays small; no lock, a guess
-        self._room = threading.Condition(threading.Lock())
+        self._room = threading.Condition()
+        self._reader, self._pid = 0, os.getpid()  # the thread that drains it, and its process
         self._unsettled = 0  # taken from a plain queue, and not committed yet
         self._ended = False
         self.failure: BaseException | None = None
@@ -735,7 +736,7 @@ class Channel:
         or a second Ctrl-C) decides how the attempt ends. Raises WriterFailed once the writer has.
         """
         if wait and self._queue.qsize() + self._rows >= self._limit:
-            self._wait_for_room()
+            self._wait_for_room(sender)
         if self.failure is not None:
             raise self.failure
         if rows > 1:
@@ -756,7 +757,12 @@ class Channel:
             raise self.failure
         self._queue.put((sender, message))
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, sender: _Attempt | None) -> None:
+        """Not for nothing, nor where nobody would make room: the garbage collector may call an old task's
+        finalizer in any thread, and a child that a task has forked has no writer.
+        """
+        if get_ident() == self._reader or os.getpid() != self._pid or (sender and sender.closed):
+            return
         while self._is_full() and self.failure is None:
             with self._room:
                 if self._is_full() and self.failure is None:
@@ -773,7 +779,7 @@ class Channel:
             self._queue.task_done()
         if self._ended or self.failure is not None:
             return None
-        self._rows = 0
+        self._rows, self._reader = 0, get_ident()
         items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
         self._unsettled = len(items) if hasattr(self._queue, "task_done") else 0
         with self._room:
@@ -2021,7 +2027,7 @@ class _Screen:
         self.stream = sys.stderr
         self.sources = [source]  # each has lines(width, room), and kept(width) for its end
         self._drawn = (0, 0)  # how many lines stand there now, and how wide they are
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that prints may come where it is held
         self._backlog: list[tuple[Any, str]] = []
         self._draws = True  # else who has lines writes them; under the lock
         self._over = threading.Event()
@@ -2488,9 +2494,9 @@ class TaskContext:
         elif kind in STATUS:
             self.pass_on(message)
         elif kind is MsgExecute:
-            self._send(_Statement(message.sql, message.params, message.many, _place(2)))
+            self._send(_Statement(message.sql, message.params, message.many, _place(1)))
         else:
-            self._send(_Sent(message, _place(2)))
+            self._send(_Sent(message, _place(1)))
 
     put_nowait = put  # for code that treats the context as a queue
 
@@ -2514,14 +2520,13 @@ class TaskContext:
 
     def execute(self, sql: str, params: Any = ()) -> None:
         """One SQL statement for the writer; consecutive ones with the same SQL are run as one."""
-        group = self._group
+        row, group = params if type(params) is tuple else _row(params), self._group
         if sql != group[0] or get_ident() != self._thread or self.closed or self.reason is not None:
             if get_ident() != self._thread:
-                return self._send_rows(sql, [_row(params)])
+                return self._send_rows(sql, [row])
             group = self._new_group(sql)
-        rows = group[1]
-        rows.append(params if type(params) is tuple else _row(params))
-        if len(rows) >= group[2]:
+        group[1].append(row)
+        if len(group[1]) >= group[2]:
             self.flush()
         return None
 
@@ -2599,8 +2604,9 @@ class TaskContext:
         """Keep what is to be stored if the task is done."""
         with self.lock:
             self._refuse_if_closed(sent)
+            rows, self._group = self._group[1], _NO_GROUP  # what comes later is run later
             self.held.append(sent)
-        self._count(_rows_in(sent))
+        self._count(len(rows) + _rows_in(sent))
 
     def _count(self, rows: int) -> None:
         before, self._held_rows = self._held_rows, self._held_rows + rows
@@ -2618,7 +2624,7 @@ class TaskContext:
 
     def _send_rows(self, sql: str, rows: list[Any]) -> None:
         _check_sql(sql)
-        self._send(_Statement(sql, rows, True, _place(3)))
+        self._send(_Statement(sql, rows, True, _place(2)))
 
     def _new_group(self, sql: str) -> tuple[Any, list[Any], int, Any]:
         if self._group is not _NO_GROUP:
@@ -2626,10 +2632,10 @@ class TaskContext:
         _check_sql(sql)
         if self.closed or self.reason is not None:
             self._refuse_if_closed()
-        statement, terms = _Statement(sql, [], True, _place(3)), self._terms
+        statement, terms = _Statement(sql, [], True, _place(2)), self._terms
+        self._group = group = (sql, statement.params, terms.limit, statement)
         if terms.atomic:
             self.held.append(statement)  # now, with the rows that come later
-        self._group = group = (sql, statement.params, terms.limit, statement)
         return group
 
     def _refuse_if_closed(self, sent: Any = None) -> None:
@@ -2685,7 +2691,7 @@ class _Attempt(TaskContext):
     ) -> None:
         TaskContext.__init__(self, stage.terms, task, task_id, name, attempt)
         self.run, self.stage = run, stage
-        self.lock = run.crew.locks[task_id % LOCKS]
+        self.lock = threading.RLock()  # as a finalizer may come where it is held
         self.started_at = ""  # until it starts
         self.has_news = False  # and that is on its way to the writer
         self.rejected = False  # a message of this attempt was bad
@@ -2838,7 +2844,6 @@ ENGINE = (_place.__code__.co_filename, threading.__file__, LIBRARY + "asyncio", 
 FAILURES_KEPT = 100  # in a RunResult, and as many causes
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
-LOCKS = 61  # of attempts; one for each would weigh as much as all else that waits
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 NEVER = -(2**63)  # as a run's number: older than all; as an id: below all
@@ -3493,7 +3498,6 @@ class _Crew:
         self.limit = max(LIVE, 2 * size)  # how many there may be
         self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self.live: dict[int, _Attempt] = {}  # by task_id
-        self.locks = [threading.Lock() for _ in range(LOCKS)]  # which attempts share: nobody holds two
         self.timer = _Timer(run.wake.ring)
         self.has_lost = False  # an attempt is marked as lost
         self._threads: set[threading.Thread] = set()

@@ -15,6 +15,7 @@ rooms only, and to two helpers: Clock (the timer of a run) and impatient (the se
     PIPELOOM_KILLS=1000      how often a run is killed and resumed (24)
 """
 
+import _thread
 import ast
 import dataclasses
 import faulthandler
@@ -2354,6 +2355,54 @@ def test_a_logging_handler_that_sends_to_the_context_meets_no_deadlock(home, wha
         assert rows(home / "x.db", "SELECT count(*) FROM log") == [(int(sent),)]
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """The channel has room for one message."""
+    monkeypatch.setattr(pipeloom.Channel.__init__, "__defaults__", (None, 1))
+
+
+def send_some(ctx):
+    for number in range(5):
+        ctx.executemany("INSERT INTO users VALUES (?, 'x')", [(f"late {number}",)])
+
+
+def test_the_writer_does_not_wait_for_room_in_its_own_channel(db, narrow):
+    """The garbage collector may call the finalizer of a task's object, which sends, in any thread."""
+    sender = []
+
+    def work(task, ctx):
+        sender.append(ctx)
+        ctx.put(User("a", "x"))
+        wait_until_stored(ctx, "1 < (SELECT count(*) FROM users)")
+
+    def handle(conn, message):
+        insert_user(conn, message)
+        send_some(sender[0])
+
+    run(["t"], db, work, schema=USERS, handlers={User: handle}, atomic=False)
+    assert rows(db, "SELECT count(*) FROM users") == [(6,)]
+
+
+def test_what_sends_while_its_task_sends_meets_no_deadlock(db):
+    """A finalizer again, now where the lock of the attempt is held."""
+
+    def work(task, ctx):
+        with ctx.lock:
+            ctx.progress(1, 2)
+            ctx.executemany("INSERT INTO users VALUES (?, ?)", [("a", "x")])
+
+    assert run(["t"], db, work, schema=USERS).done == 1
+
+
+@needs_posix
+def test_a_forked_child_that_sends_does_not_wait_for_room(db, narrow):
+    def work(task, ctx):
+        in_a_child(lambda: send_some(ctx))
+
+    assert run(range(2), db, work, schema=USERS, atomic=False).done == 2
+    assert rows(db, "SELECT count(*) FROM users") == [(0,)]
+
+
 NO_FILES = """
 import ctypes, resource, sys, pipeloom
 import encodings.idna, inspect, json, socket, sqlite3, traceback, urllib.parse
@@ -3883,6 +3932,44 @@ def test_the_options_that_type_checkers_know_are_those_that_there_are():
 
 
 # ---- 4.3 The context -----------------------------------------------------------------------------------
+
+
+def in_a_thread(function, *arguments):
+    thread = threading.Thread(target=function, args=arguments)
+    thread.start()
+    thread.join(WAIT)
+
+
+def test_what_the_threads_of_a_task_send_in_turn_is_run_in_that_order(db):
+    def work(task, ctx):
+        for key in "abc":
+            ctx.execute("INSERT INTO users VALUES (?, '')", (key,))
+            in_a_thread(ctx.execute, "UPDATE users SET name = name || 'x'")
+
+    run(["t"], db, work, schema=USERS)
+    assert rows(db, "SELECT * FROM users") == [("a", "xxx"), ("b", "xx"), ("c", "x")]
+
+
+def test_a_row_that_is_refused_leaves_no_trace(db):
+    def work(task, ctx):
+        with pytest.raises(pipeloom.MessageRefused):
+            ctx.execute("INSERT INTO missing VALUES (?)", 5)
+        ctx.execute("INSERT INTO users VALUES ('a', 'x')")
+
+    assert run(["t"], db, work, schema=USERS).done == 1
+    assert rows(db, "SELECT * FROM users") == [("a", "x")]
+
+
+def test_a_thread_that_calls_nothing_but_the_context_can_send(db):
+    def work(task, ctx):
+        for key, send in (("a", ctx.execute), ("b", ctx.put)):
+            arguments = "INSERT INTO users VALUES (?, 'x')", (key,)
+            _thread.start_new_thread(send, arguments if key == "a" else (MsgExecute(*arguments),))
+        while len(ctx.held) < 2:
+            ctx.sleep(0.01)
+
+    run(["t"], db, work, schema=USERS, timeout=WAIT)
+    assert rows(db, "SELECT key FROM users ORDER BY key") == [("a",), ("b",)]
 
 
 def test_a_worker_keeps_its_own_list_and_may_use_it_again(db):
