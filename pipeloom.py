@@ -268,19 +268,19 @@ SENTINEL = object()  # asks a writer to commit what it has and stop; known by id
 
 
 def _now() -> str:
-    """ISO 8601 text in UTC; most of it is the same for a whole second, and kept."""
-    global _second
-    now, (start, text) = time.time_ns() // 1000, _second
-    micro = now - start  # from 1,000,000 on: seven digits, as to pad six with zeros costs more than all else
-    if not 1_000_000 <= micro < 2_000_000:
-        second = now // 1_000_000
-        start, micro = (second - 1) * 1_000_000, 1_000_000 + now % 1_000_000
-        text = datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-        _second = start, text
-    return f"{text}.{str(micro)[1:]}+00:00"
+    """ISO 8601 text in UTC; all but its end is the same for a whole millisecond, and kept."""
+    global _millisecond
+    now, (start, text) = time.time_ns() // 1000, _millisecond
+    if not start <= now < start + 1000:
+        start = now - now % 1000
+        second, milli = divmod(start // 1000, 1000)
+        text = datetime.fromtimestamp(second, timezone.utc).strftime(f"%Y-%m-%dT%H:%M:%S.{milli:03}")
+        _millisecond = start, text
+    return text + MICROSECONDS[now - start]
 
 
-_second = (0, "")
+MICROSECONDS = [f"{micro:03}+00:00" for micro in range(1000)]
+_millisecond = (0, "")
 
 
 def _words(error: BaseException) -> str:
@@ -2438,6 +2438,7 @@ _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atom
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
 _Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
+RLock: Any = type(threading.RLock())  # threading's own is a function around it
 _NO_TROUBLE = _Trouble(None, None, "")
 _NO_GROUP: tuple[Any, list[Any], int, Any] = (object(), [], 0, None)
 
@@ -2690,7 +2691,7 @@ class _Attempt(TaskContext):
     ) -> None:
         TaskContext.__init__(self, stage.terms, task, task_id, name, attempt)
         self.run, self.stage = run, stage
-        self.lock = threading.RLock()  # as a finalizer may come where it is held
+        self.lock = RLock()  # as a finalizer may come where it is held
         self.started_at = ""  # until it starts
         self.has_news = False  # and that is on its way to the writer
         self.rejected = False  # a message of this attempt was bad
@@ -2813,8 +2814,8 @@ def _place_in(stack: Sequence[Any]) -> str:
 
 
 def _place(depth: int) -> Line | None:
-    """The user's line that has called this file, so many calls above or more."""
-    frame: Any = sys._getframe(depth)
+    """The user's line that has called this file: the method so many calls above, or what called that."""
+    frame: Any = sys._getframe(depth).f_back
     while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame and (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
