@@ -757,8 +757,8 @@ class Channel:
         self._queue.put((sender, message))
 
     def _wait_for_room(self, sender: _Attempt | None) -> None:
-        """Not for nothing, nor where nobody would make room: the garbage collector may call an old task's
-        finalizer in any thread, and a child that a task has forked has no writer.
+        """Not for what is refused, nor where nobody would make room: the garbage collector may call an old
+        task's finalizer in any thread, and a child that a task has forked has no writer.
         """
         if get_ident() == self._reader or os.getpid() != self._pid or (sender and sender.closed):
             return
@@ -3414,8 +3414,7 @@ class _Worker(_TaskThread):
             return
         try:
             value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
-            result = None if value is None else _result_text(value)
-            finish = _Finish(ctx.task_id, DONE, _now(), result, "")
+            finish = _Finish(ctx.task_id, DONE, _now(), _result_text(value), "")
             accepted = ctx.closed or ctx.finish(finish)
         except TaskCancelled as stop:
             ctx.finish(_Finish(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
@@ -4099,7 +4098,7 @@ class _Run:
                 stage.settled += 1
                 if status != DONE:
                     self._note_trouble(ctx, status, message)
-                if stage.exhausted and stage.has_ended():
+                if stage.has_ended():
                     self.graph.stirred(stage)
         self.wake.ring()
 

@@ -6636,6 +6636,12 @@ def test_what_many_threads_put_arrives_once_and_in_the_order_of_each(many_switch
         assert [number for sender, number in taken if sender == who] == list(range(1_000))
 
 
+def test_a_full_channel_refuses_a_closed_sender_at_once():
+    channel, sender = pipeloom.Channel(limit=1), SimpleNamespace(lock=threading.Lock(), closed=True)
+    channel.put(None, "fills it")
+    assert channel.put(sender, "late") is False  # nobody drains it: this would wait for ever
+
+
 def test_when_two_threads_end_an_attempt_at_once_one_wins():
     class Sender:
         lock, ended = threading.Lock(), False
