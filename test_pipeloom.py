@@ -4788,6 +4788,17 @@ def test_fail_fast_cancels_what_has_not_started(db):
     assert rows(db, "SELECT total FROM pipeline_runs") == [(20_000,)]
 
 
+@pytest.mark.parametrize("options, level", [({}, 1), ({"durable": True}, 2)])
+def test_each_commit_waits_for_the_disk_if_and_only_if_the_run_is_durable(db, options, level):
+    def look(conn, message):
+        levels.append(conn.execute("PRAGMA synchronous").fetchone()[0])
+
+    levels = []
+    run_alone(db, User("a", "b"), handlers={User: look}, **options)
+    run([1], db, lambda task, ctx: ctx.put(User("a", "b")), handlers={User: look}, **options)
+    assert levels == [level, level]
+
+
 @pytest.mark.parametrize("kind", [list, iter])
 def test_names_keep_their_ids_across_runs_and_files_that_are_gone_are_left_alone(db, kind):
     run(kind(["a", "b", "c", "b"]), db, nothing)
