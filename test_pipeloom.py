@@ -5874,6 +5874,25 @@ def test_status_reads_a_live_run_without_holding_it_up(db):
     assert seen[0]["run"]["status"] == "running" and seen[0]["tasks"][0]["status"] == "running"
 
 
+def test_status_of_a_run_that_still_waits_for_a_lock_to_make_its_tables_is_empty(db):
+    def look():
+        with suppress(pipeloom.DatabaseError):  # the run has not begun
+            seen.append(pipeloom.read_status(db))
+        return seen
+
+    seen = []
+    with closing(sqlite3.connect(str(db), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(pipeloom.DatabaseError, match="has no task status: no such table"):
+            pipeloom.read_status(db)
+        thread = threading.Thread(target=run, args=([1], db, nothing))
+        thread.start()
+        wait_for(look)
+    thread.join(WAIT)
+    assert (seen[0]["run"], seen[0]["counts"], seen[0]["tasks"]) == (None, {}, [])
+    assert pipeloom.read_status(db)["counts"] == {"done": 1}
+
+
 def test_status_takes_the_lock_where_a_run_without_wal_is_between_two_transactions(db, monkeypatch):
     """There is no side file then; without a lock it may read pages that are being written."""
     opened, connect = [], pipeloom._connect_readonly
