@@ -2903,39 +2903,37 @@ class RunResult:
         return not self.error and not self.cancelled
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int)
-
-
 def _is_seconds(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1e9
 
 
-def _is_any(_: Any) -> bool:
-    return True
-
-
 SECONDS = "a number of seconds from 0 to 1e9"
-WORKERS = "a whole number from 1; None is one per CPU"
-TIMEOUT = "a number of seconds above 0, or None for no limit"
-OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {  # of a run: default, test, what is expected
-    "workers": (None, lambda n: n is None or (_is_whole(n) and n > 0), WORKERS),
-    "wal": (True, _is_any, ""),
-    "store_task_status": (True, _is_any, ""),
-    "fail_fast": (False, _is_any, ""),
-    "check": (True, _is_any, ""),
-    "progress": ("auto", _is_any, ""),
+OPTIONS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {  # default, test, what is expected
+    "workers": (
+        None,
+        lambda n: n is None or (isinstance(n, int) and n > 0),
+        "a whole number from 1; None is one per CPU",
+    ),
+    "wal": (True, None, ""),
+    "store_task_status": (True, None, ""),
+    "fail_fast": (False, None, ""),
+    "check": (True, None, ""),
+    "progress": ("auto", None, ""),
     "schema": (None, lambda s: s is None or isinstance(s, str), "a str of SQL statements"),
-    "handlers": (None, _is_any, ""),
+    "handlers": (None, None, ""),
     "busy_timeout": (300.0, _is_seconds, SECONDS),
-    "durable": (False, _is_any, ""),
-    "resume": (False, _is_any, ""),
+    "durable": (False, None, ""),
+    "resume": (False, None, ""),
     "redo": ((), lambda names: isinstance(names, (list, tuple, set)), "a list of names of tasks"),
     "executor": (None, lambda e: e is None or hasattr(type(e), "submit"), "a concurrent.futures.Executor"),
-    "retries": (0, lambda n: _is_whole(n) and n >= 0, "a whole number from 0"),
+    "retries": (0, lambda n: isinstance(n, int) and n >= 0, "a whole number from 0"),
     "retry_delay": (1.0, _is_seconds, SECONDS),
-    "timeout": (None, lambda s: s is None or (_is_seconds(s) and s), TIMEOUT),
-    "atomic": (True, _is_any, ""),
+    "timeout": (
+        None,
+        lambda s: s is None or (_is_seconds(s) and s),
+        "a number of seconds above 0, or None for no limit",
+    ),
+    "atomic": (True, None, ""),
 }
 WRITER_OPTIONS = ("wal", "store_task_status", "schema", "handlers", "busy_timeout", "durable")
 STAGE_OPTIONS = _Terms._fields[3:]  # a stage may have its own
@@ -2947,7 +2945,7 @@ def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] =
         raise UsageTypeError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
     for name, value in options.items():
         _, test, expected = OPTIONS[name]
-        if not test(value):
+        if test is not None and not test(value):
             kind = UsageTypeError if name in ("schema", "executor", "redo") else UsageError
             raise kind(f"{name}={value!r}: expected {expected}")
     if options.get("resume") and not options.get("store_task_status", True):
