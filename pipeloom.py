@@ -3571,15 +3571,25 @@ class _Crew:
         if self.live and not self._run.stopping and not any(map(_Worker.is_alive, tuple(self._threads))):
             raise PipeloomError("no worker is left, and the system allows no new threads; use fewer workers")
 
-    def dismiss(self, has_waited: Callable[[float], bool]) -> None:
-        """Have all end when what they do has ended; a task that hangs is left behind."""
+    def dismiss(self) -> None:
+        """All end. Where the run did not get to its end, what still runs has GRACE to notice that; a task
+        that hangs is left behind.
+        """
+        reason = self._run.stopping or "the run ended"
+        self.cancel_unstarted(reason)
+        for ctx in list(self.live.values()):
+            ctx.cancel(reason)
         self.timer.is_over = True
         self.timer.look()
         self.ready.put(None)
         began = time.monotonic()
         for thread in (*self._threads, self.timer, self.loop.close()):
-            while thread is not None and thread.is_alive() and not has_waited(time.monotonic() - began):
+            while thread is not None and thread.is_alive() and time.monotonic() - began < self._patience():
                 thread.join(POLL)
+        self.leave(reason)
+
+    def _patience(self) -> float:
+        return 0.5 if self._run.signals.urgency() > 1 else GRACE
 
     def time_out(self, ctx: _Attempt) -> None:
         """End an attempt whose thread cannot be ended: another takes its place. For the timer's thread."""
@@ -4049,7 +4059,7 @@ class _Run:
         self.ends.add(roster.close)  # before the writer's last checkpoint, which then leaves no side files
         intake = self.intake = _Intake(self, roster)
         self.writer.shows = self.display.start(self.graph.total())
-        self.ends.add(self._dismiss)
+        self.ends.add(self.crew.dismiss)
         with self.graph.lock:
             self.graph.start()
         self.crew.start()
@@ -4134,26 +4144,11 @@ class _Run:
             self.crew.leave("interrupted")
         return urgency
 
-    def _dismiss(self) -> None:
-        """The workers end. Where the run did not get to its end, what still runs has GRACE to notice that."""
-        if self.crew.live:
-            reason = self.stopping or "the run ended"
-            self.crew.cancel_unstarted(reason)
-            for ctx in list(self.crew.live.values()):
-                ctx.cancel(reason)
-        self.crew.dismiss(self._has_waited)
-        with suppress(WriterFailed):
-            self.crew.leave(self.stopping or "the run ended")
-
-    def _has_waited(self, seconds: float) -> bool:
-        return seconds > (0.5 if self.signals.urgency() > 1 else GRACE)
-
     def _end_writer(self) -> None:
         self.channel.close()
         while self.writer.is_alive():
             threading.Thread.join(self.writer, POLL)  # bounded: it waits for no lock longer than busy_timeout
-            with suppress(WriterFailed):
-                self._heed(1)
+            self._heed(1)
 
 
 def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> None:
