@@ -3207,23 +3207,19 @@ class _Roster:
 class _Timer(threading.Thread):
     """What is to happen later: retries and deadlines. Any thread may add to it.
 
-    What an action raises is kept in `fault`, and `ended` is called.
+    What an action raises ends it, and is kept in `fault` for the calling thread, which polls.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
 
-    def __init__(self, ended: Callable[[], object]) -> None:
+    def __init__(self) -> None:
         super().__init__(name="pipeloom-timer", daemon=True)
         self._schedule = scheduler(self.clock)  # which has a lock of its own
         self._numbers = count()  # as priorities: before 3.10 cancel() takes events of one time for the same
         self._wakes_at = 0.0
         self._bell = _Bell()
-        self._ended = ended
         self.is_over = False
         self.fault: BaseException | None = None
-
-    def __len__(self) -> int:
-        return len(self._schedule.queue)
 
     def after(self, delay: float, action: Callable[[], object]) -> Any:
         """Have an action called in this thread; returns what call_off() takes."""
@@ -3251,9 +3247,8 @@ class _Timer(threading.Thread):
         try:
             while not self.is_over:
                 self._bell.wait(self.step())
-        except BaseException as error:  # for the calling thread, which would wait for ever
+        except BaseException as error:  # nobody else would say why tasks never end
             self.fault = error
-            self._ended()
 
 
 class _EventLoop:
@@ -3400,8 +3395,6 @@ class _Worker(_TaskThread):
             except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
                 if ctx is not None:
                     ctx.lost = crew.has_lost = True
-            if crew.has_lost:
-                run.wake.ring()
             if ctx is not None and ctx.abandoned:
                 return None
 
@@ -3495,7 +3488,7 @@ class _Crew:
         self.limit = max(LIVE, 2 * size)  # how many there may be
         self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self.live: dict[int, _Attempt] = {}  # by task_id
-        self.timer = _Timer(run.wake.ring)
+        self.timer = _Timer()
         self.has_lost = False  # an attempt is marked as lost
         self._threads: set[threading.Thread] = set()
         self.loop = _EventLoop()
