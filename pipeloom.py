@@ -3813,11 +3813,6 @@ class _Tally:
         self.first_error = self.first_error or ctx.trouble.error
         return self.causes[cause]
 
-    def result(self, run_id: int | None, unpulled: int, path: str) -> RunResult:
-        done, error, cancelled, skipped = self.counts.values()
-        elapsed, failures, causes = time.monotonic() - self.began, list(self.failures), dict(self.causes)
-        return RunResult(run_id, done, error, cancelled + unpulled, skipped, elapsed, failures, causes, path)
-
 
 class _Intake:
     """Where tasks come from: pulls them from the users' iterables, and says which of them run.
@@ -4024,8 +4019,12 @@ class _Run:
             self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
 
     def result(self) -> RunResult:
-        writer, unpulled = self.writer, self.graph.unpulled() if self.intake else 0
-        return self.tally.result(writer.status.run_id, unpulled, writer.store.path)
+        tally, counts = self.tally, dict(self.tally.counts)
+        counts[CANCELLED] += self.graph.unpulled() if self.intake else 0
+        return RunResult(
+            self.writer.status.run_id, **counts, elapsed=time.monotonic() - tally.began,
+            failures=list(tally.failures), causes=dict(tally.causes), database=self.writer.store.path,
+        )  # fmt: skip
 
     def _work(self) -> None:  # each step says first how it will be ended
         shown = self.writer.store.shown
