@@ -3115,14 +3115,12 @@ class _Roster:
     whose temporary table holds the ids that this run has given out: SQLite keeps it on disk once it is large.
     """
 
-    def __init__(
-        self, writer: SQLiteWriter, resume: bool, ids: Mapping[int, str], give_up: Callable[[float], bool]
-    ) -> None:
-        self._store = writer.store
-        self._resume = resume
-        self._give_up = give_up  # whether it has waited too long for a lock
-        self._ids = ids  # that tasks of this run have, with their names
-        self.old = writer.status.last_id  # the highest id of earlier runs
+    def __init__(self, run: _Run) -> None:
+        self._run, self._store = run, run.writer.store
+        self._resume = run.options["resume"]
+        known = (stage.declared.ids.items() for stage in run.graph.stages)
+        self._ids = dict(chain.from_iterable(known))  # that tasks of this run have, with their names
+        self.old = run.writer.status.last_id  # the highest id of earlier runs
         self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
@@ -3143,13 +3141,12 @@ class _Roster:
         if given is not None:
             return self._find_id(_task_id(given), name)
         while self.old > NEVER:
-            after = self._twins.get(name, NEVER)
-            found = self._ask(FIND_NAME, name, after, self.old)
+            found = self._ask(FIND_NAME, name, self._twins.get(name, NEVER), self.old)
             if not found:
                 break
             id, status, run_id = found[0]
             if self._ids.get(id) != name and self._take(id):
-                return id, self._done_in(status, run_id)
+                return id, run_id if self._resume and status == DONE else None
             self._twins[name] = id
         self._next_id += 1
         self._take(self._next_id - 1)
@@ -3168,11 +3165,8 @@ class _Roster:
             )
         self._next_id = max(self._next_id, id + 1)
         for _, status, run_id in self._ask(FIND_ID, id) if self._resume and id <= self.old else ():
-            return id, self._done_in(status, run_id)
+            return id, run_id if status == DONE else None
         return id, None
-
-    def _done_in(self, status: str, run_id: int) -> int | None:
-        return run_id if self._resume and status == DONE else None
 
     def _take(self, id: int) -> bool:
         """Whether an id is free in this run; it then is not any more. Kept as intervals, low to until."""
@@ -3200,7 +3194,7 @@ class _Roster:
                 if _trouble(error) != "lock":
                     cure = CURES.get(_trouble(error), "restore it or use another file")
                     raise DatabaseError(self._store.shown, f"cannot be read: {error}", cure) from error
-                if self._give_up(waited):
+                if self._run.signals.urgency() or waited > self._run.options["busy_timeout"]:
                     raise self._store.out_of_patience(error, waited) from error
 
 
@@ -4046,8 +4040,7 @@ class _Run:
         if shown == ":memory:":
             self.display.tell(logging.WARNING, "the database is :memory:; nothing will be kept after the run")
         self.display.tell(logging.INFO, "database %r is open; starting %d workers", shown, self.crew.size)
-        ids = dict(chain.from_iterable(stage.declared.ids.items() for stage in self.graph.stages))
-        roster = _Roster(self.writer, self.options["resume"], ids, self._is_out_of_patience)
+        roster = _Roster(self)
         self.ends.add(roster.close)  # before the writer's last checkpoint, which then leaves no side files
         intake = self.intake = _Intake(self, roster)
         self.writer.shows = self.display.start(self.graph.total())
@@ -4056,9 +4049,6 @@ class _Run:
             self.graph.start()
         self.crew.start()
         self._pull_all(intake)
-
-    def _is_out_of_patience(self, waited: float) -> bool:
-        return self.signals.urgency() > 0 or waited > self.options["busy_timeout"]
 
     def _check(self) -> None:
         if self.writer.error is not None and not self.writer.is_alive():  # before, it may not be explained

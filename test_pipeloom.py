@@ -6790,13 +6790,17 @@ def test_the_roster_gives_each_task_an_id_of_its_own_and_names_their_old_ones(
 ):
     """Against a dictionary of what an earlier run has stored, and a set of the ids that were given out. Where
     they are known before, as in a list, an old row whose id and name a task has is not another's."""
-    writer = SimpleNamespace(
-        store=SimpleNamespace(path=old_database, shown="test.db"),
-        status=SimpleNamespace(last_id=max(OLD_ROWS)),
-    )
     highest = max([own for own, _ in tasks if own is not None], default=0)
     ids = {own: name for own, name in tasks if own is not None} if known else {highest: ""}
-    roster, taken, new = pipeloom._Roster(writer, resume, ids, lambda waited: True), set(), max(10, highest)
+    run = SimpleNamespace(
+        writer=SimpleNamespace(
+            store=SimpleNamespace(path=old_database, shown="test.db"),
+            status=SimpleNamespace(last_id=max(OLD_ROWS)),
+        ),
+        options={"resume": resume},
+        graph=SimpleNamespace(stages=[SimpleNamespace(declared=SimpleNamespace(ids=ids))]),
+    )
+    roster, taken, new = pipeloom._Roster(run), set(), max(10, highest)
     with closing(roster):
         for own, name in tasks:
             if own is not None and own in taken:
