@@ -33,7 +33,7 @@ commits what they send; nothing is shown or acted upon before it is committed. W
 Try `python -m pipeloom demo`. To vendor it, copy this file; to update it, copy it again. It is in the order
 in which a task meets it: vocabulary and errors, messages, database, channel, writer (_Store, _Status,
 SQLiteWriter, _Joined), progress (_Display, _Board, _Screen), task and context (TaskContext, _Attempt), engine
-(_Graph, _Roster, _Timer, _EventLoop, _Worker, _Crew, _Signals, _Tally, _Intake, _Ends, _Run), pipeline,
+(_Graph, _Roster, _Timer, _EventLoop, _Worker, _Crew, _Signals, _Tally, _Intake, _Run), pipeline,
 status, demo, sh (_Shell), command line.
 
 SPDX-License-Identifier: MIT. Copyright (c) 2026 the pipeloom authors. The whole text:
@@ -3923,30 +3923,6 @@ class _Intake:
 _END = object()
 
 
-class _Ends:
-    """What a run has begun and must end, in the reverse order. For the calling thread."""
-
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
-
-    def add(self, step: Callable[[], object]) -> None:
-        """To be said before the thing is begun; the step may come twice, or find nothing to end."""
-        self._steps.append(step)
-
-    def take(self, note: Callable[[BaseException], object]) -> None:
-        """A step that a stray exception has cut short is taken again."""
-        failure, tries = None, 0
-        while self._steps and tries < 100:  # no more, if they never cease
-            try:
-                while self._steps:
-                    self._steps[-1]()
-                    self._steps.pop()
-            except BaseException as error:  # of no memory, perhaps
-                failure, tries = error, tries + 1
-        if failure is not None:
-            note(failure)
-
-
 class _Run:
     """One run, from the first task to the last commit: makes the rooms, pulls tasks, and ends all in order.
 
@@ -3965,7 +3941,8 @@ class _Run:
         o["resume"] = o["resume"] or bool(o["redo"])
         self.stopping: str | None = None  # why nothing new starts
         self.wake = _Bell()
-        self.channel, self.tally, self.ends = Channel(), _Tally(), _Ends()
+        self.ends: list[Callable[[], object]] = []  # of what has begun; they may come twice, or find nothing
+        self.channel, self.tally = Channel(), _Tally()
         self.signals = _Signals(self.stop)
         self.display = _Display(o["progress"])
         chosen = {name: o[name] for name in WRITER_OPTIONS}
@@ -3993,9 +3970,9 @@ class _Run:
             except BaseException as error:
                 self.fail(error)
             finally:
-                self.ends.take(self.fail)
+                self._end()
         finally:  # again, as a stray exception may have come between the two; mostly there is nothing left
-            self.ends.take(self.fail)
+            self._end()
         failure, result = self.tally.failure or self.writer.error, self.result()
         if self.signals.urgency():
             if isinstance(failure, PipeloomError):
@@ -4025,14 +4002,14 @@ class _Run:
         _check_database(shown, self.options["store_task_status"])
         _check_stages(self.graph.stages, shown, self.options["redo"])
         lock = _RunLock(shown)
-        self.ends.add(lock.release)
+        self.ends.append(lock.release)
         if lock.path:
             self.writer.store.files[lock.path] = os.stat(lock.path)
-        self.ends.add(self.signals.restore)
+        self.ends.append(self.signals.restore)
         self.signals.install()
-        self.ends.add(lambda: self.display.stop(self.result()))
+        self.ends.append(lambda: self.display.stop(self.result()))
         self.display.open()
-        self.ends.add(self._end_writer)
+        self.ends.append(self._end_writer)
         _start(self.writer)
         while not self.writer.opened:  # it opens, or fails, within busy_timeout
             self._check()
@@ -4041,10 +4018,10 @@ class _Run:
             self.display.tell(logging.WARNING, "the database is :memory:; nothing will be kept after the run")
         self.display.tell(logging.INFO, "database %r is open; starting %d workers", shown, self.crew.size)
         roster = _Roster(self)
-        self.ends.add(roster.close)  # before the writer's last checkpoint, which then leaves no side files
+        self.ends.append(roster.close)  # before the writer's last checkpoint, which then leaves no side files
         intake = self.intake = _Intake(self, roster)
         self.writer.shows = self.display.start(self.graph.total())
-        self.ends.add(self.crew.dismiss)
+        self.ends.append(self.crew.dismiss)
         with self.graph.lock:
             self.graph.start()
         self.crew.start()
@@ -4111,6 +4088,19 @@ class _Run:
         return CANCELLED if self.signals.urgency() else status, self.stopping or "", counts
 
     # The end
+
+    def _end(self) -> None:
+        """End what has begun, the last first. A step that a stray exception has cut short is taken again."""
+        failure, tries = None, 0
+        while self.ends and tries < 100:  # no more, if they never cease
+            try:
+                while self.ends:
+                    self.ends[-1]()
+                    self.ends.pop()
+            except BaseException as error:  # of no memory, perhaps
+                failure, tries = error, tries + 1
+        if failure is not None:
+            self.fail(failure)
 
     def _heed(self, heeded: int) -> int:
         """Do what has become urgent since; returns how urgent it is."""
