@@ -3292,13 +3292,13 @@ class _EventLoop:
         return self._thread
 
 
-async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException | None]:
+async def _guarded(ctx: _Attempt, coroutine: Any) -> object:
     """A SystemExit would end the loop, which is not this task's alone."""
     ctx.enter()
     try:
-        return await coroutine, None
+        return await coroutine
     except (SystemExit, KeyboardInterrupt) as error:
-        return None, error
+        raise _ToldError(*_told(error)) from None
 
 
 class _ToldError(Exception):
@@ -3421,9 +3421,7 @@ class _Worker(_TaskThread):
             if os.getpid() != self._crew.pid:
                 _end_child()
         if type(value) is CoroutineType:
-            value, error = _awaited(ctx, self._crew.loop.submit(ctx, value))
-            if error is not None:
-                raise error
+            value = _awaited(ctx, self._crew.loop.submit(ctx, value))
         return value
 
     def _call_elsewhere(self, ctx: _Attempt) -> object:
