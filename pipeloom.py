@@ -3091,21 +3091,17 @@ class _Graph:
         """A task of this stage has ended, or its items have: perhaps it has ended itself."""
         stirred = [stage]
         for ended in stirred:  # which grows: a follower may have nothing to do
-            if ended.has_ended():
-                for follower in ended.place.followers:
-                    self._tell(follower, ended)
-                    if not follower.place.waits:
-                        self.begin(follower)
-                        stirred.append(follower)
-
-    def _tell(self, follower: _Stage, stage: _Stage) -> None:
-        """One stage that the follower comes after has ended."""
-        place, before = follower.place, stage.place
-        place.waits -= 1
-        place.older = max(place.older, sys.maxsize if stage.submitted else before.newest)
-        if before.spoiled and not follower.declared.even_if_failed and not place.doomed:
-            place.spoiled = before.spoiled  # the first cause, all the way down
-            place.doomed = f"not started: {before.spoiled}"
+            before = ended.place
+            for follower in before.followers if ended.has_ended() else ():
+                place = follower.place
+                place.waits -= 1
+                place.older = max(place.older, sys.maxsize if ended.submitted else before.newest)
+                if before.spoiled and not follower.declared.even_if_failed and not place.doomed:
+                    place.spoiled = before.spoiled  # the first cause, all the way down
+                    place.doomed = f"not started: {before.spoiled}"
+                if not place.waits:
+                    self.begin(follower)
+                    stirred.append(follower)
 
 
 class _Roster:
