@@ -3819,9 +3819,6 @@ class _Intake:
                 stage.place.newest = roster.newest(stage.name)
         self._graph.begin = self._begin
 
-    def has_work(self) -> bool:
-        return bool(self.sources) and self._crew.free() > 0
-
     def pull(self) -> None:
         """Submit tasks of the next stage while there is room."""
         if self._filled and not self._crew.ready.qsize():  # so short that a larger stock saves much waking up
@@ -3832,12 +3829,11 @@ class _Intake:
             self._pull_from(stage)
         except _Interrupted:
             return
+        except PipeloomError as error:  # of ours, about a task that it gave
+            self._run.fail(error)
         except BaseException as error:
             what = f"each= of {stage.name!r} raised " if stage.name else "the iterable of tasks raised "
-            if isinstance(error, PipeloomError):  # of ours, about a task that it gave
-                what = ""
-            else:
-                self._run.display.tell(logging.ERROR, "%s%s; no new tasks will start", what, _describe(error))
+            self._run.display.tell(logging.ERROR, "%s%s; no new tasks will start", what, _describe(error))
             self._run.fail(error, what)
         self._filled = self._crew.free() <= 0
 
@@ -3878,9 +3874,8 @@ class _Intake:
 
     def _exhaust(self, stage: _Stage) -> None:
         self.sources.remove(stage)
-        if stage.size is None:
-            stage.size = stage.pulled
-            self._run.show_counts()
+        stage.size = stage.pulled
+        self._run.show_counts()
         if not stage.pulled and stage.name:
             told = "each= of task %r gave no item, so it has nothing to do; check it, if that is a surprise"
             self._run.display.tell(logging.WARNING, told, stage.name)
@@ -3902,16 +3897,14 @@ class _Intake:
     def _admit(self, stage: _Stage, item: Any, name: str, id: int, done_in: int | None) -> None:
         """A task has come: it runs, unless it is done and nothing that it comes after has run since."""
         place, redo = stage.place, self._run.options["redo"]
-        if done_in is not None and redo and (name in redo or stage.name in redo):
-            done_in = None
-        if done_in is not None and done_in >= place.older and not place.doomed:
-            place.newest = max(place.newest, done_in)
-            with self._graph.lock:
-                self._run.tally.counts["skipped"] += 1
-            self._run.show_counts()
+        if done_in is None or done_in < place.older or place.doomed or name in redo or stage.name in redo:
+            stage.submitted += 1
+            self._crew.submit(_Attempt(self._run, stage, item, id, name), place.doomed)
             return
-        stage.submitted += 1
-        self._crew.submit(_Attempt(self._run, stage, item, id, name), place.doomed)
+        place.newest = max(place.newest, done_in)
+        with self._graph.lock:
+            self._run.tally.counts["skipped"] += 1
+        self._run.show_counts()
 
 
 _END = object()
@@ -4034,7 +4027,7 @@ class _Run:
             self._check()
             if self.stopping:
                 self.crew.cancel_unstarted(self.stopping)
-            elif intake.has_work():
+            elif intake.sources and self.crew.free() > 0:
                 intake.pull()
                 continue
             with self.graph.lock:  # so that settle() is not half through
