@@ -3503,11 +3503,7 @@ class _Crew:
     def _start_one(self) -> None:
         thread = _Worker(self._run, self)
         self._threads.add(thread)  # first: a stray exception may come
-        try:
-            _start(thread)
-        except PipeloomError:
-            self._threads.discard(thread)
-            raise
+        _start(thread)  # else it is one that does not live, as any that has ended
 
     def free(self) -> int:
         """How many more may be submitted now; none, or less, if it is full."""
@@ -3590,7 +3586,7 @@ class _Crew:
             self._start_one()
         except PipeloomError:
             told = "cannot start a worker to replace the one that task %r blocks; %d workers are left"
-            ctx.tell(logging.WARNING, told, ctx.name, len(self._threads) - 1)
+            ctx.tell(logging.WARNING, told, ctx.name, sum(map(_Worker.is_alive, tuple(self._threads))) - 1)
         self._threads.discard(thread)  # nobody waits for it; not sooner, as then none might seem to be left
         ctx.cut_off(ERROR, text)
         ctx.cancel(text)
