@@ -3311,9 +3311,8 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
     """
     pid = os.getpid()
     try:
-        if threading.current_thread() is threading.main_thread():
-            with suppress(ValueError):  # Ctrl-C at the terminal is for the run, which lets this task finish
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with suppress(ValueError):  # it is no main thread, which alone may do so
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the run, which lets this task finish
         ctx = TaskContext(*made_of)
         ctx.enter()
         try:
@@ -3643,6 +3642,9 @@ def _end_child() -> NoReturn:
     os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # one on Windows
+
+
 class _Interrupted(KeyboardInterrupt):
     """Raised by the signal handler inside the user's iterator, to end a pull that blocks."""
 
@@ -3667,9 +3669,8 @@ class _Signals:
         """Take the signals, where this thread may: not what nohup, or C code, has set."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number: Any = getattr(signal, name, None)  # Windows lacks SIGHUP
-            previous = number and signal.getsignal(number)
+        for number in (signal.SIGINT, *ENDING):
+            previous = signal.getsignal(number)
             if previous not in (None, signal.SIG_IGN):
                 self._previous[number] = previous  # first: a stray exception may come
                 with suppress(ValueError):  # in a subinterpreter, as mod_wsgi's
@@ -3747,22 +3748,19 @@ def _follow_forks() -> None:
     held: dict[int, Any] = {}  # the masks of the threads that are forking
 
     def hold() -> None:
-        held[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        held[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
     def release() -> None:
         if get_ident() in held:  # else this was registered while it forked
             signal.pthread_sigmask(signal.SIG_SETMASK, held.pop(get_ident()))
 
     def release_child() -> None:
-        for number in _ENDING:
+        for number in ENDING:
             if isinstance(getattr(signal.getsignal(number), "__self__", None), _Signals):
                 signal.signal(number, signal.SIG_DFL)
         release()
 
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_child)
-
-
-_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class _Tally:
