@@ -2886,8 +2886,9 @@ class RunResult:
             with _connect_readonly(self.database) as conn:
                 row = conn.execute(FIND_RESULT, (name,)).fetchone()
         except sqlite3.Error as error:
-            what = f"has no results: {error}"
-            raise DatabaseError(self.database, what, "use a file, and keep the task status") from error
+            raise DatabaseError(
+                self.database, f"has no results: {error}", "use a file, and keep the task status"
+            ) from error
         if row is None:
             raise KeyError(name)
         return row[0]  # type: ignore[no-any-return]
@@ -3001,8 +3002,7 @@ class _Declared:
         items = self.source() if callable(self.source) else self.source
         if not hasattr(items, "__iter__") or _is_path(items):
             raise UsageTypeError(
-                f"each= of task {self.name!r} gives {items!r}"
-                "; expected an iterable of items"
+                f"each= of task {self.name!r} gives {items!r}; expected an iterable of items"
             )
         return items
 
@@ -3156,8 +3156,7 @@ class _Roster:
     def _find_id(self, id: int, name: str) -> tuple[int, int | None]:
         if not self._take(id):
             raise UsageError(
-                f"task_id {id} of task {name!r} is another task's in this run"
-                "; give each its own"
+                f"task_id {id} of task {name!r} is another task's in this run; give each its own"
             )
         self._next_id = max(self._next_id, id + 1)
         for _, status, run_id in self._ask(FIND_ID, id) if self._resume and id <= self.old else ():
@@ -4114,24 +4113,25 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         from inspect import iscoroutinefunction
         from pickle import dumps
 
-        function, why, cure = stage.declared.function, "", ""
+        function, why = stage.declared.function, ""
         if iscoroutinefunction(function):
-            why = "is an async def, which needs the event loop of this process"
+            why = "is an async def, which needs the event loop of this process;"
         elif not stage.terms.atomic:
-            why = "has atomic=False, which streams rows in this process"
+            why = "has atomic=False, which streams rows in this process;"
         elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
             try:
                 dumps(function)
             except Exception as error:
-                why = f"cannot be sent to another process: {_describe(error)}"
-                cure = "define it with def at the top of a module, or "
+                why = (
+                    f"cannot be sent to another process: {_describe(error)}"
+                    "; define it with def at the top of a module, or"
+                )
         if why:
             what = f"task {stage.name!r}" if stage.name else "worker_fn"
-            raise UsageError(f"{what} {why}; {cure}run it on threads, as with @pipe.task(executor=None)")
+            raise UsageError(f"{what} {why} run it on threads, as with @pipe.task(executor=None)")
 
 
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
-    """Find out before anything is written whether these names are tasks'."""
     if not redo:
         return
     stored: list[str] = []
@@ -4186,11 +4186,13 @@ def run_pipeline(
     if not _is_path(db_path):
         raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in run_pipeline(tasks, 'jobs.db')")
     if _is_path(tasks) or not hasattr(tasks, "__iter__"):
-        what = "expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')"
-        raise UsageTypeError(f"tasks={tasks!r}: {what}")
+        raise UsageTypeError(
+            f"tasks={tasks!r}: expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')"
+        )
     if not callable(worker_fn):
-        what = "expected a function(task, context) that does one task"
-        raise UsageTypeError(f"worker_fn={worker_fn!r}: {what}")
+        raise UsageTypeError(
+            f"worker_fn={worker_fn!r}: expected a function(task, context) that does one task"
+        )
     _check_function("worker_fn", worker_fn, "task", "context")
     declared = _Declared("", worker_fn, _call_with_task, tasks)
     _check_ids(declared)
