@@ -2584,12 +2584,11 @@ class TaskContext:
     def pass_on(self, message: Any) -> None:
         self.held.append(message)  # a status message that is not this task's end
 
-    def finish(self, message: MsgTaskFinished | _Finish) -> bool:
-        """The task's own word on how it ended; False if it had ended before."""
+    def finish(self, message: MsgTaskFinished | _Finish) -> None:
+        """The task's own word on how it ended; the first counts."""
         self.flush()
         self.closed = True
         self.held.append(message)
-        return True
 
     def flush(self) -> None:
         """End the open group, and send it on where rows are streamed."""
@@ -2749,11 +2748,11 @@ class _Attempt(TaskContext):
             self.started_at = "never"
         self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
 
-    def finish(self, message: MsgTaskFinished | _Finish) -> bool:
+    def finish(self, message: MsgTaskFinished | _Finish) -> None:
         if not (self._terms.atomic or self.closed or self.cancelled):
             self.flush()
         rows = self._held_rows + len(self._group[1])
-        return self.run.channel.put(self, message, rows, last=True)
+        self.run.channel.put(self, message, rows, last=True)
 
     def cut_off(self, status: str, reason: str) -> None:
         """Anybody else's end of it, who does not wait: only a done task's rows are stored."""
@@ -3394,16 +3393,14 @@ class _Worker(_TaskThread):
         try:
             value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
             finish = _Finish(ctx.task_id, DONE, _now(), _result_text(value), "")
-            accepted = ctx.closed or ctx.finish(finish)
+            if not ctx.closed:  # by the worker's own word
+                ctx.finish(finish)
         except TaskCancelled as stop:
             ctx.finish(_Finish(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
         except WriterFailed:
             raise
         except BaseException as error:  # SystemExit too: a task's end is not the program's
             self._fail(ctx, error)
-        else:
-            if not accepted and not ctx.cancelled:
-                ctx.tell(logging.DEBUG, "task %r finished twice; only the first counts", ctx.name)
 
     def _call(self, ctx: _Attempt) -> object:
         declared = ctx.stage.declared
@@ -3453,11 +3450,11 @@ class _Worker(_TaskThread):
         if ctx.closed:
             level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
             told = "task %r raised an exception after it had finished, which is ignored: %s"
-            return ctx.tell(level, told, ctx.name, _describe(error))
+            ctx.tell(level, told, ctx.name, _describe(error))
+            return
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
         ctx.finish(_Finish(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
-        return None
 
 
 class _Crew:
