@@ -3511,14 +3511,14 @@ class _Crew:
         else:
             self.ready.put(ctx)
 
-    def retry(self, ctx: _Attempt, message: str) -> float:
-        """Have a task that failed tried again; returns in how many seconds."""
+    def retry(self, ctx: _Attempt, message: str) -> None:
+        """Have a task that failed tried again."""
         again = _Attempt(self._run, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
         again.trouble = ctx.trouble._replace(cause=message)
         self.live[ctx.task_id] = again
         delay = _delay(ctx.stage.terms.retry_delay, ctx.attempt)
         self.timer.after(delay, partial(self.ready.put, again))
-        return delay
+        ctx.tell(logging.INFO, "task %r: %s; retrying in %.1f s", ctx.name, message, delay)
 
     def cancel_unstarted(self, reason: str) -> None:
         for ctx in list(self.live.values()):
@@ -4032,9 +4032,7 @@ class _Run:
         with self.graph.lock:
             for ctx, status, message in ended:
                 if status == QUEUED:
-                    delay = self.crew.retry(ctx, message)
-                    told = "task %r: %s; retrying in %.1f s"
-                    self.display.tell(logging.INFO, told, ctx.name, message, delay)
+                    self.crew.retry(ctx, message)
                     continue
                 stage = ctx.stage
                 self.crew.live.pop(ctx.task_id, None)
@@ -4207,8 +4205,9 @@ def _check_function(what: str, function: Any, *arguments: str) -> None:
     from inspect import isasyncgenfunction, isgeneratorfunction, signature
 
     if isgeneratorfunction(function) or isasyncgenfunction(function):
-        why = "is a generator function, so its body would never run"
-        raise UsageTypeError(f"{what} {why}; replace yield with ctx.progress()")
+        raise UsageTypeError(
+            f"{what} is a generator function, so its body would never run; replace yield with ctx.progress()"
+        )
     try:
         signature(function).bind(*arguments)
     except TypeError as error:
@@ -4225,8 +4224,7 @@ def _check_ids(declared: _Declared) -> None:
     """Find bad and double ids of known tasks before anything is written; the others' ids are above them."""
     seen: dict[int, Any] = {}
     known = isinstance(declared.source, Sequence) and not isinstance(declared.source, range)
-    for task in declared.source if known else ():
-        given, name = _identify(task)
+    for given, name in map(_identify, declared.source if known else ()):
         if given is None:
             continue
         id = _task_id(given)
