@@ -64,7 +64,7 @@ import threading
 import time
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -438,12 +438,11 @@ OR_UPDATE = " ON CONFLICT(id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{n
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
 FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
-FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
+FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 1"
 NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile included
     "SELECT coalesce(max(run_id), ?) FROM task_runs"
     " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
 )
-FIND_NTH = FIND_ID[:-6] + "name = ? ORDER BY id LIMIT 1 OFFSET ?"
 FIND_RESULT = "SELECT result FROM task_runs WHERE name = ? ORDER BY id LIMIT 1"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
@@ -5310,7 +5309,7 @@ class _Session:
             run = _Run(after, path, {**options, **self.options})
             if getattr(self.args, "dry_run", False):
                 _check_stages(run.graph.stages, path, run.options["redo"])
-                for name in _planned(after, path, run.options):
+                for name in _planned(run, after):
                     _print(_cut(name, _width(name)))
                 return RunResult(None, 0, 0, 0, 0, 0.0)
             try:
@@ -5442,28 +5441,26 @@ def _command_to_resume(given: list[str]) -> str:
     return folder + command if len(command) < 1_000 and command.isprintable() else SAME_COMMAND
 
 
-def _planned(after: dict[_Declared, list[_Declared]], path: str, options: Any) -> Iterator[str]:
+def _planned(run: _Run, after: dict[_Declared, list[_Declared]]) -> Iterator[str]:
     """The names of the tasks that a run would start."""
-    with ExitStack() as ends:
-        conn = None
-        if options["resume"] and os.path.exists(path):
-            conn = ends.enter_context(_connect_readonly(path))
-        newest: dict[_Declared, int] = {}  # the last run that did a task of it
-        seen: dict[str, int] = {}
+    store, status = run.writer.store, run.writer.status
+    with suppress(sqlite3.Error), _connect_readonly(store.path) as conn:  # of no run, or an old one
+        newest_row = conn.execute("SELECT id, run_id FROM task_runs ORDER BY id DESC LIMIT 1").fetchone()
+        status.last_id = newest_row[0] if newest_row else NEVER
+    newest: dict[_Declared, int] = {}  # the last run that did a task of it
+    with closing(_Roster(run)) as roster:
         for declared in _check_cycles(after):
             older = max((newest[before] for before in after[declared]), default=NEVER)
-            newest[declared] = NEVER
+            newest[declared] = roster.newest(declared.name)
             named = list(_names_of(declared))
             if not named:
                 _say(f"pipeloom: each= of task {declared.name!r} gives no item")
-            for id, name in named:
-                status, run_id = _last_of(conn, id, name, seen.get(name, 0))
-                seen[name] = seen.get(name, 0) + 1
-                again = name in options["redo"] or declared.name in options["redo"]
-                if status != DONE or run_id < older or again:
+            for given, name in named:
+                _, done_in = roster.find(given, name)
+                if done_in is None or done_in < older or {name, declared.name} & {*run.options["redo"]}:
                     yield name
-                    run_id = sys.maxsize
-                newest[declared] = max(newest[declared], run_id)
+                    done_in = sys.maxsize
+                newest[declared] = max(newest[declared], done_in)
 
 
 def _names_of(declared: _Declared) -> Iterator[tuple[Any, str]]:
@@ -5473,17 +5470,6 @@ def _names_of(declared: _Declared) -> Iterator[tuple[Any, str]]:
         return
     for position, item in enumerate(declared.items(), 1):
         yield declared.identify(item, position)
-
-
-def _last_of(conn: Any, id: Any, name: str, position: int) -> tuple[str, int]:
-    """The status of a task in earlier runs, and the last run that had it."""
-    row = None
-    with suppress(sqlite3.Error):  # it has no such table
-        if conn is not None and id is not None:
-            row = conn.execute(FIND_ID, (id,)).fetchone()
-        elif conn is not None:
-            row = conn.execute(FIND_NTH, (name, position)).fetchone()
-    return (row[1], row[2]) if row else ("", NEVER)
 
 
 def _summary(path: str, result: RunResult) -> str:
