@@ -3022,12 +3022,12 @@ class _Stage:
     It has ended when it is exhausted and all that it submitted is settled.
     """
 
-    def __init__(self, declared: _Declared, options: Mapping[str, Any], path: str, kinds: Any) -> None:
+    def __init__(self, declared: _Declared, options: Mapping[str, Any], writer: SQLiteWriter) -> None:
         self.declared, self.name = declared, declared.name
         chosen = {**options, **declared.options}
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
-        terms = (chosen[name] for name in STAGE_OPTIONS)
-        self.terms = _Terms(path, kinds, limit, *terms)
+        terms = {name: chosen[name] for name in STAGE_OPTIONS}
+        self.terms = _Terms(writer.store.path, writer.kinds, limit, **terms)
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
@@ -3467,7 +3467,6 @@ class _Crew:
         self._run = run
         self.size = size
         self.room = max(64, 4 * size)  # how many are pulled ahead
-        self.limit = max(LIVE, 2 * size)  # how many there may be
         self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self.live: dict[int, _Attempt] = {}  # by task_id
         self.timer = _Timer()
@@ -3501,7 +3500,7 @@ class _Crew:
 
     def free(self) -> int:
         """How many more may be submitted now; none, or less, if it is full."""
-        return min(self.room - self.ready.qsize(), self.limit - len(self.live))
+        return min(self.room - self.ready.qsize(), max(LIVE, 2 * self.size) - len(self.live))
 
     def submit(self, ctx: _Attempt, doomed: str) -> None:
         self.live[ctx.task_id] = ctx  # first: from here on somebody ends it
@@ -3923,8 +3922,7 @@ class _Run:
         self.display = _Display(o["progress"])
         chosen = {name: o[name] for name in WRITER_OPTIONS}
         self.writer = SQLiteWriter(db_path, self.channel, run=self, **chosen)
-        path, kinds = self.writer.store.path, self.writer.kinds
-        self.graph = _Graph({declared: _Stage(declared, o, path, kinds) for declared in after}, after)
+        self.graph = _Graph({declared: _Stage(declared, o, self.writer) for declared in after}, after)
         total, size = self.graph.total(), o["workers"] or os.cpu_count() or 1
         self.crew = _Crew(self, size if total is None else max(1, min(size, total)))  # no more than tasks
 

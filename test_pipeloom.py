@@ -6831,12 +6831,13 @@ def test_the_roster_gives_each_task_an_id_of_its_own_and_names_their_old_ones(
 @settings(max_examples=60, deadline=None)
 def test_the_graph_starts_each_stage_once_and_after_all_that_it_comes_after(plan):
     options = {name: default for name, (default, _, _) in pipeloom.OPTIONS.items()}
+    writer = SimpleNamespace(store=SimpleNamespace(path=""), kinds=())
     after, ends, started, ended = {}, {}, [], set()
     for number, (others, even, end) in enumerate(plan):
         declared = pipeloom._Declared(f"t{number}", None, None, ())
         declared.even_if_failed, ends[declared] = even, end
         after[declared] = [before for n, before in enumerate(after) if n in others]
-    stages = {declared: pipeloom._Stage(declared, options, "", ()) for declared in after}
+    stages = {declared: pipeloom._Stage(declared, options, writer) for declared in after}
 
     def begin(stage):
         before = [stages[other] for other in after[stage.declared]]
