@@ -4079,11 +4079,10 @@ class _Run:
         urgency = self.signals.urgency()
         if urgency > heeded == 0:
             running = sum(ctx.started_at > "" for ctx in list(self.crew.live.values()))
-            what = f"{running} running task{'s' * (running != 1)} will finish first" * (running > 0)
+            what = f"; {running} running task{'s' * (running != 1)} will finish first" * (running > 0)
             self.display.tell(
-                logging.WARNING, "%s: no new tasks will start%s (again: leave now)",
-                self.signals.name(), what and f"; {what}",
-            )  # fmt: skip
+                logging.WARNING, "%s: no new tasks will start%s (again: leave now)", self.signals.name(), what
+            )
         if urgency > 1:
             self.crew.leave("interrupted")
         return urgency
