@@ -3693,14 +3693,10 @@ class _Signals:
     def name(self) -> str:
         return signal.Signals(self._came[-1][0]).name
 
-    def deliver(self, result: RunResult) -> None:
+    def deliver(self) -> NoReturn:
         """Hand the signal to those who handled it before; a caller never sees a normal return."""
-        try:
-            signal.raise_signal(self._came[0][0])
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as interrupt:
-            interrupt.result = result  # type: ignore[attr-defined]
-            raise
+        signal.raise_signal(self._came[0][0])
+        raise KeyboardInterrupt
 
     def nudge(self) -> None:
         """End a pull that blocks: for other threads than the calling one, where the system has a way."""
@@ -3951,7 +3947,7 @@ class _Run:
         if self.signals.urgency():
             if isinstance(failure, PipeloomError):
                 logger.error("%s", failure)
-            self.signals.deliver(result)
+            self.signals.deliver()
         if failure is not None:
             raise failure
         if self.options["check"] and self.tally.first_error is not None:
