@@ -3822,7 +3822,9 @@ class _Intake:
         self._filled = self._crew.free() <= 0
 
     def _pull_from(self, stage: _Stage) -> None:
-        items, signals = stage.items or self._open(stage), self._run.signals
+        items, signals = stage.items, self._run.signals
+        if items is None:  # and not `if not items`: an iterator may have a length, which is 0 at its end
+            items = self._open(stage)
         for _ in range(self._crew.free()):
             signals.pulling = True  # what a signal then raises ends next() only
             try:

@@ -4702,6 +4702,27 @@ def test_an_empty_run_is_done(db):
     assert run(iter(()), db, nothing).ok
 
 
+def test_an_iterator_that_has_a_length_is_asked_for_once(db):
+    class Sized:
+        def __init__(self):
+            self.rest = list(range(64))  # as many as are pulled ahead, so that the end is met later
+
+        def __iter__(self):
+            return self
+
+        def __len__(self):
+            return len(self.rest)
+
+        def __next__(self):
+            if not self.rest:
+                raise StopIteration
+            return self.rest.pop()
+
+    pipe = Pipeline(db, progress="none", workers=2)
+    pipe.task(lambda ctx, item: None, name="load", each=Sized)
+    assert pipe.run().done == 64
+
+
 def test_an_iterator_that_raises_ends_the_run_after_what_runs_has_finished(db):
     def tasks():
         yield from "ab"
