@@ -2947,10 +2947,10 @@ def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] =
         if test is not None and not test(value):
             kind = UsageTypeError if name in ("schema", "executor", "redo") else UsageError
             raise kind(f"{name}={value!r}: expected {expected}")
-    if options.get("resume") and not options.get("store_task_status", True):
+    again = next((name for name in ("resume", "redo") if options.get(name)), None)
+    if again and not options.get("store_task_status", True):
         raise UsageError(
-            "resume=True needs the task status, which store_task_status=False does not keep; "
-            "remove one of them"
+            f"{again}= needs the task status, which store_task_status=False does not keep; remove one of them"
         )
 
 
@@ -3112,10 +3112,9 @@ class _Roster:
     def __init__(self, run: _Run) -> None:
         self._run, self._store = run, run.writer.store
         self._resume = run.options["resume"]
-        known = (stage.declared.ids.items() for stage in run.graph.stages)
-        self._ids = dict(chain.from_iterable(known))  # that tasks of this run have, with their names
+        self._own = {id for stage in run.graph.stages for id in stage.declared.ids}  # that tasks come with
         self.old = run.writer.status.last_id  # the highest id of earlier runs
-        self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
+        self._next_id = max(1, self.old + 1, max(self._own, default=0) + 1)
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         if self.old == NEVER:  # there is nothing to be read
@@ -3139,7 +3138,7 @@ class _Roster:
             if not found:
                 break
             id, status, run_id = found[0]
-            if self._ids.get(id) != name and self._take(id):
+            if id not in self._own and self._take(id):
                 return id, run_id if self._resume and status == DONE else None
             self._twins[name] = id
         self._next_id += 1
@@ -4076,7 +4075,7 @@ class _Run:
         """Do what has become urgent since; returns how urgent it is."""
         urgency = self.signals.urgency()
         if urgency > heeded == 0:
-            running = sum(ctx.started_at > "" for ctx in list(self.crew.live.values()))
+            running = sum(ctx.started_at > "" and not ctx.closed for ctx in list(self.crew.live.values()))
             what = f"; {running} running task{'s' * (running != 1)} will finish first" * (running > 0)
             self.display.tell(
                 logging.WARNING, "%s: no new tasks will start%s (again: leave now)", self.signals.name(), what

@@ -3184,7 +3184,8 @@ WRONG_USE = [
     (lambda: run_one(handlers={"x": insert_user}), TypeError, "not 'x' to <function insert_user at ...>"),
     (lambda: run_one(handlers={User: 3}), TypeError, "handlers= maps message classes to functions, not ...User'> to 3"),
     (lambda: run_one(handlers={MsgTaskStarted: print}), ValueError, "handlers= names MsgTaskStarted, which the writer handles"),
-    (lambda: run_one(resume=True, store_task_status=False), ValueError, "resume=True needs the task status, which store_t"),
+    (lambda: run_one(resume=True, store_task_status=False), ValueError, "resume= needs the task status, which store_t"),
+    (lambda: run_one(redo=["a"], store_task_status=False), ValueError, "redo= needs the task status, which store_t"),
     # options of a run, a Pipeline and a task
     *[
         (call, ValueError, said)
@@ -6810,7 +6811,7 @@ def test_the_roster_gives_each_task_an_id_of_its_own_and_names_their_old_ones(
     old_database, tasks, resume, known
 ):
     """Against a dictionary of what an earlier run has stored, and a set of the ids that were given out. Where
-    they are known before, as in a list, an old row whose id and name a task has is not another's."""
+    they are known before, as in a list, an old row whose id a task has is not another's."""
     highest = max([own for own, _ in tasks if own is not None], default=0)
     ids = {own: name for own, name in tasks if own is not None} if known else {highest: ""}
     run = SimpleNamespace(
@@ -6831,7 +6832,7 @@ def test_the_roster_gives_each_task_an_id_of_its_own_and_names_their_old_ones(
                     roster.find(own, name)
                 continue
             id, done_in = roster.find(own, name)
-            free = [old for old in OLD_ROWS if OLD_ROWS[old][0] == name != ids.get(old) and old not in taken]
+            free = [old for old in OLD_ROWS if OLD_ROWS[old][0] == name and old not in {*ids, *taken}]
             if own is None and not free:
                 new += 1
             assert id == (own if own is not None else free[0] if free else new)
