@@ -163,32 +163,32 @@ class UsageTypeError(PipeloomError, TypeError):
     """An argument is of a type that cannot be used; nothing was started or written."""
 
 
-class DatabaseError(UsageError):
-    """The database file cannot be used. `path` names it."""
+class _OfDatabase(PipeloomError):
+    """What has happened to the database that `path` names, and what to do."""
+
+    says = "database {!r} {}; {}"
 
     def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(f"database {path!r} {what}; {cure}")
+        super().__init__(self.says.format(path, what, cure))
         self.path = path
+
+
+class DatabaseError(_OfDatabase, UsageError):
+    """The database file cannot be used. `path` names it."""
 
 
 class MessageRefused(PipeloomError, ValueError):
     """A message can never be stored; raised by `put()` in the worker that sent it."""
 
 
-class WriterFailed(PipeloomError):
+class WriterFailed(_OfDatabase):
     """The writer gave up while the run was on. What was committed stays; `path` names the database."""
 
-    def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(f"the writer of database {path!r} failed: {what}; {cure}")
-        self.path = path
+    says = "the writer of database {!r} failed: {}; {}"
 
 
-class RunInProgress(PipeloomError):
+class RunInProgress(_OfDatabase):
     """Another run holds the database. Nothing was started or written; `path` names the database."""
-
-    def __init__(self, path: str, holder: str) -> None:
-        super().__init__(f"database {path!r} is in use by {holder}; wait until it ends, or use another file")
-        self.path = path
 
 
 class PipelineError(PipeloomError):
@@ -653,7 +653,8 @@ class _RunLock:
         except sqlite3.Error as error:
             self.release()
             if _trouble(error) == "lock":
-                raise RunInProgress(db_path, _holder(db_path)) from None
+                what = f"is in use by {_holder(db_path)}"
+                raise RunInProgress(db_path, what, "wait until it ends, or use another file") from None
             what = f"cannot be locked through {self.path!r}: {error}"
             cure = "make that file writable for this user, or use another database"
             if not os.path.exists(self.path):
