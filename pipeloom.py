@@ -640,11 +640,9 @@ class _RunLock:
     """
 
     def __init__(self, db_path: str) -> None:
+        # "" is a file of SQLite's own, which nobody else can lock.
+        self.path = "" if db_path == ":memory:" else os.path.realpath(db_path) + "-lock"
         self._conn: sqlite3.Connection | None = None
-        self.path = ""
-        if db_path == ":memory:":
-            return
-        self.path = os.path.realpath(db_path) + "-lock"
         try:
             self._conn = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
             self._conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
@@ -655,11 +653,10 @@ class _RunLock:
             if _trouble(error) == "lock":
                 what = f"is in use by {_holder(db_path)}"
                 raise RunInProgress(db_path, what, "wait until it ends, or use another file") from None
-            what = f"cannot be locked through {self.path!r}: {error}"
             cure = "make that file writable for this user, or use another database"
             if not os.path.exists(self.path):
                 cure = CURES["open"]
-            raise DatabaseError(db_path, what, cure) from error
+            raise DatabaseError(db_path, f"cannot be locked through {self.path!r}: {error}", cure) from error
 
     @staticmethod
     def is_held(db_path: str) -> bool | None:
@@ -678,11 +675,9 @@ class _RunLock:
 
 
 def _holder(db_path: str) -> str:
-    try:
-        with _connect_readonly(db_path) as conn:
-            row = conn.execute(HOLDER).fetchone()
-    except sqlite3.Error:  # it is about to be made, or keeps no status
-        row = None
+    row = None
+    with suppress(sqlite3.Error), _connect_readonly(db_path) as conn:  # perhaps it keeps no status
+        row = conn.execute(HOLDER).fetchone()
     return f"process {row[0]} on {row[1]}, since {row[2][:19]}Z" if row else "another run"
 
 
