@@ -596,39 +596,43 @@ def _check_database(path: str, kept: bool = True) -> None:
         return
     if not path or "\0" in path:
         raise DatabaseError(path, "is not a valid file name", "pass the path of a file")
-    parent = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path):
-        raise DatabaseError(path, "is a directory", "pass the path of a file")
-    if os.path.islink(os.path.realpath(path)):
-        raise DatabaseError(path, "is a broken symbolic link", "pass the path of a file")
-    if not os.path.isdir(parent):
-        raise DatabaseError(path, f"cannot be created: there is no directory {parent!r}", "create it first")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise DatabaseError(path, "is not a regular file", "pass the path of a file")
-    if not os.access(parent, os.W_OK):  # SQLite makes files beside the database
-        raise DatabaseError(
-            path,
-            "cannot be used, because SQLite must create files beside it",
-            f"change the permissions of {parent!r} or use another directory",
-        )
-    if os.path.exists(path):
-        if not os.access(path, os.W_OK):
-            raise DatabaseError(path, "is not writable", "change its permissions or use another file")
+    real = os.path.realpath(path)
+    folder = os.path.dirname(real)
+    is_there = os.path.exists(path)
+    hindrances = (
+        (os.path.isdir(path), "is a directory", "pass the path of a file"),
+        (os.path.islink(real), "is a broken symbolic link", "pass the path of a file"),
+        (
+            not os.path.isdir(folder), f"cannot be created: there is no directory {folder!r}",
+            "create it first",
+        ),
+        (is_there and not os.path.isfile(path), "is not a regular file", "pass the path of a file"),
+        (
+            not os.access(folder, os.W_OK), "cannot be used, because SQLite must create files beside it",
+            f"change the permissions of {folder!r} or use another directory",
+        ),
+        (
+            is_there and not os.access(path, os.W_OK), "is not writable",
+            "change its permissions or use another file",
+        ),
+    )  # fmt: skip
+    for hinders, what, cure in hindrances:
+        if hinders:
+            raise DatabaseError(path, what, cure)
+    if is_there:
         _check_contents(path, kept)
 
 
 def _check_contents(path: str, kept: bool) -> None:
-    conn = _connect_readonly(path, timeout=0.25)
     try:
-        conn.execute("SELECT 1 FROM sqlite_master").fetchone()
-        for table in TABLES if kept else ():
-            _missing_columns(conn, table)
+        with _connect_readonly(path, timeout=0.25) as conn:
+            conn.execute("SELECT 1 FROM sqlite_master").fetchone()
+            for table in TABLES if kept else ():
+                _missing_columns(conn, table)
     except sqlite3.DatabaseError as error:
         # A lock is waited out later, by the writer; and what a killed run left half-written, it rolls back.
         if _trouble(error) not in PASSING and "readonly" not in str(error):
             raise DatabaseError(path, f"cannot be read: {error}", "restore it or use another file") from error
-    finally:
-        conn.close()
 
 
 class _RunLock:
