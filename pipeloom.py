@@ -431,10 +431,10 @@ RUN_COLUMNS = {
 }  # fmt: skip
 TABLES = {"task_runs": COLUMNS, "pipeline_runs": RUN_COLUMNS}
 _NAMES = ", ".join(COLUMNS)
-_MARKS = f"({', '.join('?' * len(COLUMNS))})"
-INSERT_TASKS = f"INSERT INTO task_runs({_NAMES}) VALUES "
-# No REPLACE, which would fire ON DELETE CASCADE of a user's own tables.
-OR_UPDATE = " ON CONFLICT(id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS)
+STORE_TASKS = (  # no REPLACE, which would fire ON DELETE CASCADE of a user's own tables
+    f"INSERT INTO task_runs({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"
+    f" ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS)}"
+)
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
 FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
@@ -590,8 +590,9 @@ def _statements(script: str) -> Iterator[str]:
 def _check_database(path: str, kept: bool = True) -> None:
     """Find out before anything is written whether `path` can be this run's database; `kept`: with status."""
     if sqlite3.sqlite_version_info < (3, 24):
-        version = sqlite3.sqlite_version
-        raise UsageError(f"pipeloom needs SQLite 3.24 or newer, not {version}; use another Python")
+        raise UsageError(
+            f"pipeloom needs SQLite 3.24 or newer, not {sqlite3.sqlite_version}; use another Python"
+        )
     if path == ":memory:":
         return
     if not path or "\0" in path:
@@ -1163,10 +1164,8 @@ class _Status:
         return row
 
     def write(self) -> None:
-        """Write the rows of this transaction."""
         if self._kept and self._pending:
-            rows = [_row_values(row) for row in self._pending.values()]
-            _insert(self._store.conn, INSERT_TASKS, _MARKS, OR_UPDATE, len(COLUMNS), rows)
+            _insert(self._store.conn, STORE_TASKS, list(map(_row_values, self._pending.values())))
 
     def committed(self) -> None:
         for id, row in self._pending.items():
@@ -1391,14 +1390,15 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
 
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
     """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
-    head, values, tail, width = _insert_parts(m.sql)
-    rows, start = m.params if m.many else [m.params], 0
-    size, left = max(1, VARIABLES // (width or 1)), iter(rows)
+    rows = m.params if m.many else [m.params]
+    width = _insert_parts(m.sql)[3]
     joins = m.many and _are_plain(rows, width)
+    start, left = 0, iter(rows)
     try:
         if joins:
+            size = max(1, VARIABLES // width)
             for start in range(0, len(rows), size):
-                _insert(conn, head, values, tail, width, rows[start : start + size])
+                _insert(conn, m.sql, rows[start : start + size])
         elif m.many and MANY.match(m.sql):
             conn.executemany(m.sql, left)
         else:
@@ -1407,11 +1407,11 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
     except Exception as error:
         if _trouble(error):
             raise
-        number = len(rows) - length_hint(left)
         if joins:  # a statement that fails undoes all its rows: which of them is it?
-            bad = (n for n in range(start, len(rows)) if _fails(conn, m.sql, rows[n]))
-            number = 1 + next(bad, start)
-        error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
+            left = iter(rows[start:])
+            with suppress(Exception):
+                conn.executemany(m.sql, left)
+        error.row = _row_in_words(m.sql, rows, len(rows) - length_hint(left))  # type: ignore[attr-defined]
         raise
 
 
@@ -1456,16 +1456,8 @@ class _Joined:
 
     def insert(self) -> None:
         for sql, rows in self._groups:
-            _insert(self._conn, *_insert_parts(sql), rows)
+            _insert(self._conn, sql, rows)
         self._groups, self._newest, self._last = [], {}, {}
-
-
-def _fails(conn: sqlite3.Connection, sql: str, row: Any) -> bool:
-    try:
-        conn.execute(sql, row)
-    except Exception:
-        return True
-    return False
 
 
 def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
@@ -1473,7 +1465,7 @@ def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
     from reprlib import repr as shortened
 
     which = f"row {number:,} of {len(rows):,}" if len(rows) > 1 else "the row"
-    row = rows[number - 1] if 0 < number <= len(rows) else rows[0] if len(rows) == 1 else ()
+    row = rows[number - 1] if number or len(rows) == 1 else ()
     sql = " ".join(sql.split())
     return f"; {f'{which} is {shortened(row)}, ' * bool(row)}in {sql if len(sql) <= 80 else f'{sql[:79]}…'!r}"
 
@@ -1485,8 +1477,9 @@ def _insert_parts(sql: str) -> tuple[str, str, str, int]:
     return (match["head"], match["row"], match["tail"], sql.count("?")) if match else ("", "", "", 0)
 
 
-def _insert(conn: sqlite3.Connection, head: str, row: str, tail: str, width: int, rows: list[Any]) -> None:
-    """Insert rows of `width` values, as many in a statement as it may have variables."""
+def _insert(conn: sqlite3.Connection, sql: str, rows: list[Any]) -> None:
+    """Insert plain rows, as many in a statement as it may have variables."""
+    head, row, tail, width = _insert_parts(sql)
     size = max(1, VARIABLES // width)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
