@@ -822,7 +822,7 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
     re.IGNORECASE,
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
-ROLLED_BACK = "a handler's statement rolled back the transaction; do not catch the exception that it raised"
+ROLLED_BACK = "a statement rolled back the transaction; do not catch the exception that it raised"
 STATUS = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished)  # these touch no table of the user's
 STARTED = object()  # an attempt's word that it has started, at its started_at
 PROGRESS = object()  # and that it has news: only the newest counts, and the context keeps it
@@ -836,48 +836,40 @@ class _BadMessage(Exception):
         self.reason = reason
 
 
-class _Guard:
-    """What a connection and its cursors have in common: while the writer's transaction is on, no statement
-    runs outside of it.
+def _inside(method: Callable[..., Any]) -> Any:
+    """A method that runs SQL: while the writer's transaction is on, nothing runs outside of it.
 
     OR ROLLBACK, ON CONFLICT ROLLBACK and RAISE(ROLLBACK) end a transaction, and a handler may catch their
     error. What it writes then would be stored at once, for a task that fails.
     """
 
-    connection: Any
+    def inside(self: Any, *arguments: Any) -> Any:
+        conn = self.connection
+        if conn.is_on and not conn.in_transaction:
+            raise sqlite3.OperationalError(ROLLED_BACK)
+        return method(self, *arguments)
 
-    def execute(self: Any, *arguments: Any) -> Any:
-        _refuse_outside(self.connection)
-        return super().execute(*arguments)  # type: ignore[misc]
-
-    def executemany(self: Any, *arguments: Any) -> Any:
-        _refuse_outside(self.connection)
-        return super().executemany(*arguments)  # type: ignore[misc]
-
-    def executescript(self: Any, *arguments: Any) -> Any:
-        _refuse_outside(self.connection)
-        return super().executescript(*arguments)  # type: ignore[misc]
+    return inside
 
 
-class _GuardedCursor(_Guard, sqlite3.Cursor):
+_sql_methods = attrgetter("execute", "executemany", "executescript")
+
+
+class _GuardedCursor(sqlite3.Cursor):
     """Of the writer's connection."""
 
+    execute, executemany, executescript = map(_inside, _sql_methods(sqlite3.Cursor))
 
-class _Guarded(_Guard, sqlite3.Connection):
+
+class _Guarded(sqlite3.Connection):
     """The writer's connection."""
 
     is_on = False  # the writer has begun a transaction, and not ended it
     connection = property(lambda self: self)
+    execute, executemany, executescript = map(_inside, _sql_methods(sqlite3.Connection))
 
     def cursor(self, factory: Any = None) -> Any:
         return super().cursor(factory or _GuardedCursor)
-
-
-def _refuse_outside(conn: Any) -> None:
-    if conn.is_on and not conn.in_transaction:
-        raise sqlite3.OperationalError(
-            "an earlier statement rolled back the transaction; do not catch the exception that it raised"
-        )
 
 
 class _Store:
