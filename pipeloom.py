@@ -829,11 +829,7 @@ PROGRESS = object()  # and that it has news: only the newest counts, and the con
 
 
 class _BadMessage(Exception):
-    """A message cannot be applied, for the reason that it holds; the batch is to be taken without it."""
-
-    def __init__(self, reason: BaseException) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A message cannot be applied, for the reason that is its argument; the batch is taken without it."""
 
 
 def _inside(method: Callable[..., Any]) -> Any:
@@ -1265,22 +1261,28 @@ class SQLiteWriter(threading.Thread):
 
     def _prepare(self) -> None:
         self.status.open(self._engine)
-        _run_schema(self.conn, self._schema)
+        for statement in _statements(self._schema):
+            try:
+                self.conn.execute(statement)
+            except sqlite3.Error as error:
+                if _trouble(error) in PASSING:
+                    raise
+                raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
 
     # One batch, one transaction
 
     def _commit(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         """Commit a batch; one with a bad message in it in halves, until that message is alone."""
-        bad: BaseException | None = None
         try:
             self.store.transaction(self._apply_all, batch)
         except Exception as error:
             if isinstance(error, WriterFailed) or _trouble(error) == "corrupt":
                 raise
             bad = _reason(error)
-        if bad is None:
+        else:
             self._acknowledge()
-        elif len(batch) > 1:
+            return
+        if len(batch) > 1:
             self._commit(batch[: len(batch) // 2])
             self._commit(batch[len(batch) // 2 :])
         else:
@@ -1368,16 +1370,6 @@ class SQLiteWriter(threading.Thread):
 
     def _call(self, handler: Handler, message: Any) -> None:
         handler(self.conn, message)
-
-
-def _run_schema(conn: sqlite3.Connection, script: str) -> None:
-    for statement in _statements(script):
-        try:
-            conn.execute(statement)
-        except sqlite3.Error as error:
-            if _trouble(error) in PASSING:
-                raise
-            raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
 
 
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
@@ -1499,7 +1491,7 @@ def _reason(error: BaseException) -> BaseException:
     """
     from traceback import clear_frames
 
-    error = error.reason if isinstance(error, _BadMessage) else error
+    error = error.args[0] if isinstance(error, _BadMessage) else error
     if isinstance(error, sqlite3.DatabaseError) and str(error) == "not authorized":
         what = "a handler rolled back the transaction; raise an exception instead, which fails its task only"
         error = error.__context__ if isinstance(error.__context__, Exception) else MessageRefused(what)
