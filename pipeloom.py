@@ -371,9 +371,7 @@ def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
 
 def _checked_execute(m: MsgExecute) -> MsgExecute:
     _check_sql(m.sql)
-    if m.many:
-        return MsgExecute(m.sql, _rows(m.params), True)
-    return MsgExecute(m.sql, _row(m.params))
+    return MsgExecute(m.sql, _rows(m.params) if m.many else _row(m.params), m.many)
 
 
 def _check_sql(sql: object) -> None:
@@ -482,9 +480,7 @@ CURES = {
 
 def _trouble(error: BaseException) -> str:
     """ "lock", "disk" (which any statement may meet), "open", "corrupt", or "": the statement's own."""
-    if not isinstance(error, sqlite3.DatabaseError):
-        return ""
-    text = str(error).lower()
+    text = str(error).lower() if isinstance(error, sqlite3.DatabaseError) else ""
     return next((trouble for start, trouble in TROUBLES.items() if text.startswith(start)), "")
 
 
@@ -583,8 +579,7 @@ def _statements(script: str) -> Iterator[str]:
         if piece == ";" and is_whole(statement):
             yield statement
             statement = ""
-    if re.sub(r"--[^\n]*|/\*.*?\*/", "", statement, flags=re.DOTALL).strip(" \t\r\n;"):
-        yield statement
+    yield statement  # which may be a comment, or nothing: SQLite does not mind
 
 
 def _check_database(path: str, kept: bool = True) -> None:
