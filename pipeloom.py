@@ -706,7 +706,7 @@ class Channel:
     """The bounded way to the writer, which takes all that is there at once; SENTINEL is its end.
 
     The queue below is C and wakes its reader itself: where all is well put() takes no lock that others want.
-    `_room` is for producers that wait while it is full; drain() and fail() announce it. fail() ends every
+    `_room` is for producers that wait while it is full; batches() and fail() announce it. fail() ends every
     wait for good. A lone SQLiteWriter's user has a queue.Queue instead, whose items are bare messages.
     """
 
@@ -717,7 +717,6 @@ class Channel:
         self._rows = 0  # in the messages, which count as well: what waits here stays small; no lock, a guess
         self._room = threading.Condition()
         self._reader, self._pid = 0, os.getpid()  # the thread that drains it, and its process
-        self._unsettled = 0  # taken from a plain queue, and not committed yet
         self._ended = False
         self.failure: BaseException | None = None
 
@@ -767,25 +766,24 @@ class Channel:
         items: int = self._queue.qsize()
         return items > 0 and items + self._rows >= self._limit
 
-    def drain(self) -> list[tuple[_Attempt | None, Any]] | None:
-        """Everything there is, waiting for the first message; None at the end."""
-        for _ in range(self._unsettled):  # what was drained is committed: now it is done for queue.join()
-            self._queue.task_done()
-        if self._ended or self.failure is not None:
-            return None
-        self._rows, self._reader = 0, get_ident()
-        items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
-        self._unsettled = len(items) if hasattr(self._queue, "task_done") else 0
-        with self._room:
-            self._room.notify_all()
-        end = next(compress(count(), map(partial(is_, SENTINEL), items)), None)
-        if end is not None:
-            self._ended = True
-            del items[end:]
-        return [(None, message) for message in items] if self._bare else items
+    def batches(self) -> Iterator[list[tuple[_Attempt | None, Any]]]:
+        """Everything there is, waiting for the first message; who asks for more has stored what it got."""
+        while not self._ended:
+            self._rows, self._reader = 0, get_ident()
+            items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
+            taken = len(items)
+            with self._room:
+                self._room.notify_all()
+            end = next(compress(count(), map(partial(is_, SENTINEL), items)), None)
+            if end is not None:
+                self._ended = True
+                del items[end:]
+            yield [(None, message) for message in items] if self._bare else items
+            for _ in range(taken if hasattr(self._queue, "task_done") else 0):
+                self._queue.task_done()  # for a plain queue's join()
 
     def close(self) -> None:
-        """Nothing more will be put; drain() gives what is there, then None."""
+        """Nothing more will be put; batches() gives what is there, and ends."""
         self._queue.put(SENTINEL)
 
     def fail(self, error: BaseException) -> None:
@@ -793,8 +791,6 @@ class Channel:
         self.failure = self.failure or error
         with self._room:
             self._room.notify_all()
-        if not self._bare:
-            self._queue.put(SENTINEL)
         while self._bare and not self._ended:  # so that no producer blocks
             self._ended = self._queue.get() is SENTINEL
 
@@ -1214,7 +1210,7 @@ class SQLiteWriter(threading.Thread):
             self.store.open(self._prepare)
             self.opened = True
             self._ring()
-            for batch in iter(self._channel.drain, None):
+            for batch in self._channel.batches():
                 began = time.monotonic()
                 if batch:
                     self._commit(batch)

@@ -6655,10 +6655,11 @@ def test_a_full_channel_holds_its_producer_until_it_is_drained():
     thread = threading.Thread(target=produce)
     thread.start()
     assert entered.wait(WAIT) and not done.wait(0.05)
-    assert channel.drain() == [(None, 1), (None, 2)]
+    batches = channel.batches()
+    assert next(batches) == [(None, 1), (None, 2)]
     assert done.wait(WAIT)
     channel.close()
-    assert channel.drain() == [(None, 3)] and channel.drain() is None
+    assert list(batches) == [[(None, 3)]]
     thread.join(WAIT)
 
 
@@ -6674,7 +6675,7 @@ def test_rows_fill_the_channel_until_their_message_is_drained():
     thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     assert not done.wait(0.05)
-    assert channel.drain() == [(None, 1)]
+    assert next(channel.batches()) == [(None, 1)]
     assert done.wait(WAIT)  # both, although nobody has drained the first
     thread.join(WAIT)
 
@@ -6687,7 +6688,7 @@ def test_what_many_threads_put_arrives_once_and_in_the_order_of_each(many_switch
             channel.put(None, (who, number), rows=number % 3)
 
     def take():
-        while (items := channel.drain()) is not None:
+        for items in channel.batches():
             taken.extend(message for _, message in items)
 
     reader = threading.Thread(target=take)
@@ -6726,7 +6727,7 @@ def test_when_two_threads_end_an_attempt_at_once_one_wins():
     other = threading.Thread(target=lambda: told.append(channel.put(sender, "other", last=True)))
     told.append(channel.put(sender, "first", last=True))
     other.join(WAIT)
-    assert told == [True, False] and [message for _, message in channel.drain()] == ["first"]
+    assert told == [True, False] and [message for _, message in next(channel.batches())] == ["first"]
 
 
 def test_a_channel_that_fails_releases_every_waiting_producer():
@@ -6746,7 +6747,6 @@ def test_a_channel_that_fails_releases_every_waiting_producer():
     for thread in threads:
         thread.join(WAIT)
     assert raised == [failure] * 4
-    assert channel.drain() is None
 
 
 # ---- Room: the rows that tasks have in common ----------------------------------------------------------
