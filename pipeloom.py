@@ -459,6 +459,7 @@ UNFINISHED_TASKS = (  # those that nobody will finish any more
     " WHERE status IN ('queued', 'running')"
 )
 UNFINISHED_RUNS = "UPDATE pipeline_runs SET status = 'cancelled', finished_at = ? WHERE status = 'running'"
+NEVER = -(2**63)  # as a run's number: older than all; as an id: below all
 VARIABLES = 3_000 if sqlite3.sqlite_version_info >= (3, 32) else 999  # in one statement
 
 # What an error of SQLite's is about, by the beginning of its text: Pythons before 3.11 do not tell the code.
@@ -491,25 +492,23 @@ def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
     """
     path = os.fspath(db_path)  # type: ignore[call-overload]
     conn = sqlite3.connect(path, timeout=60.0)
-    _set_up(conn, path, wal, logger.log)
+    try:
+        _set_up(conn, path, wal, logger.log)
+    except BaseException:
+        conn.close()
+        raise
     return conn
 
 
 def _set_up(conn: sqlite3.Connection, path: str, wal: bool, tell: Callable[..., object]) -> None:
-    """Choose how it writes; closes it if that fails."""
-    try:
-        wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
-        got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
-        if got.upper() != wanted:
-            tell(
-                logging.WARNING, "database %r: journal mode is %s, as %s does not work here",
-                path, got, wanted,
-            )  # fmt: skip
-        conn.execute("PRAGMA synchronous=NORMAL")
-        conn.execute("PRAGMA foreign_keys=ON")
-    except BaseException:
-        conn.close()
-        raise
+    """Choose how it writes."""
+    wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
+    got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
+    if got.upper() != wanted:
+        told = "database %r: journal mode is %s, as %s does not work here"
+        tell(logging.WARNING, told, path, got, wanted)
+    conn.execute("PRAGMA synchronous=NORMAL")
+    conn.execute("PRAGMA foreign_keys=ON")
 
 
 def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) -> sqlite3.Connection:
@@ -885,9 +884,8 @@ class _Store:
 
     def _open(self, prepare: Callable[[], object]) -> None:
         self.close()
-        conn = sqlite3.connect(self.path, timeout=0.25, isolation_level=None, factory=_Guarded)
-        _set_up(conn, self.path, self._wal, self._tell)
-        self.conn = conn
+        self.conn = sqlite3.connect(self.path, timeout=0.25, isolation_level=None, factory=_Guarded)
+        _set_up(self.conn, self.path, self._wal, self._tell)
         if self._durable:
             self.conn.execute("PRAGMA synchronous=FULL")
         self.conn.set_authorizer(self._authorize)
@@ -966,11 +964,9 @@ class _Store:
     def check_files(self) -> None:
         """The names must still be those of the open files: SQLite would not notice, and write on."""
         for path, opened in self.files.items():
-            try:
+            with suppress(OSError):
                 if os.path.samestat(opened, os.stat(path)):
                     continue
-            except OSError:
-                pass
             raise WriterFailed(
                 self.shown,
                 f"{path!r} was deleted, moved or replaced during the run",
@@ -1028,7 +1024,7 @@ class _Status:
         self._kept = kept  # else there are no such tables, and all this says is what has settled
         self.run_id: int | None = None
         self.sender: _Attempt | None = None  # of the message that is being applied
-        self.last_id = -(2**63)  # the highest id that is committed: what is above it is new
+        self.last_id = NEVER  # the highest id that is committed: what is above it is new
         self._pending: dict[int, _TaskRow] = {}  # rows that this transaction writes
         self._unfinished: dict[int, _TaskRow] = {}  # committed rows of tasks that have not ended
         self.news: dict[tuple[int, type], Any] = {}  # messages of this transaction, for the display
@@ -1043,11 +1039,10 @@ class _Status:
         from socket import gethostname
 
         execute = self._store.conn.execute
-        last_id = execute("SELECT max(id) FROM task_runs").fetchone()[0]
-        self.last_id = self.last_id if last_id is None else last_id
+        self.last_id = execute("SELECT coalesce(max(id), ?) FROM task_runs", (NEVER,)).fetchone()[0]
         if run is None:
             return
-        if last_id is not None and any(stage.declared.by_name for stage in run.graph.stages):
+        if self.last_id > NEVER and any(stage.declared.by_name for stage in run.graph.stages):
             execute(INDEX_NAMES)
         if execute(UNSETTLED).fetchone() or not execute("SELECT 1 FROM pipeline_runs").fetchone():
             execute(UNFINISHED_TASKS, ("interrupted", _now()))  # by the death of that run
@@ -2812,7 +2807,6 @@ GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that t
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
-NEVER = -(2**63)  # as a run's number: older than all; as an id: below all
 
 
 @dataclass(frozen=True)
