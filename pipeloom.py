@@ -1069,19 +1069,17 @@ class _Status:
             self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at)
 
     def started(self, m: MsgTaskStarted) -> None:
-        sender, row = self._own_sender(m), self._row(m)
-        if row is not None and sender is not None and row.status == RUNNING:
-            row.name, row.started_at = m.name, m.started_at  # the worker repeats what the engine has said
-        else:
-            attempts = sender.attempt if sender else (row.attempts or 0) + 1 if row else 1
-            self._pending[m.task_id] = _TaskRow(
-                m.task_id, m.name, RUNNING, started_at=m.started_at, attempts=attempts, run_id=self.run_id
-            )
+        row = self._row(m)
+        if row.status != RUNNING or self._own_sender(m) is None:  # else it repeats what the engine has said
+            row.status, row.progress, row.message = RUNNING, 0.0, ""
+            row.finished_at = row.result = row.traceback = None
+            row.attempts, row.run_id = (row.attempts or 0) + 1, self.run_id
+        row.name, row.started_at = m.name, m.started_at
         if self._shows:
             self.news[m.task_id, MsgTaskStarted] = m
 
     def progressed(self, m: MsgTaskProgress) -> None:
-        row = self._row_or_new(m)
+        row = self._row(m)
         if row.status in FINAL:
             return  # late: the task's finish counts
         row.status, row.message = RUNNING, m.message
@@ -1092,7 +1090,7 @@ class _Status:
 
     def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
         """The end of a task; `sender` is its attempt, if that has sent it."""
-        row = self._pending.get(m.task_id) or self._row_or_new(m)
+        row = self._pending.get(m.task_id) or self._row(m)
         if sender is None and row.status in FINAL:
             return  # the first finish counts; a worker's own is the first, as its context sees to that
         id, status, at, result, message = m if type(m) is _Finish else _finish_fields(m)
@@ -1112,30 +1110,26 @@ class _Status:
         """The attempt that a message is about, if its own worker sent it."""
         return self.sender if self.sender and self.sender.owns(m) else None
 
-    def _row(self, m: Any) -> _TaskRow | None:
-        """The row of a message's task, to be changed: as this transaction has it, or as a commit left it."""
-        id = m.task_id
-        row = self._pending.get(id)
+    def _row(self, m: Any) -> _TaskRow:
+        """The row of a message's task, to be changed; one that was never started gets one all the same."""
+        row = self._pending.get(m.task_id)
         if row is None:
-            known = self._unfinished.get(id)
-            found = None if known is None else _row_values(known)
-            if found is None and id <= self.last_id and self._kept and self._own_sender(m) is None:
-                cursor = self._store.conn.cursor()
-                cursor.row_factory = None  # a handler may have set the connection's
-                found = cursor.execute(LOAD_TASK, (id,)).fetchone()
-            if found is not None:
-                row = self._pending[id] = _TaskRow(*found)
+            row = self._pending[m.task_id] = _TaskRow(*self._known(m))
         return row
 
-    def _row_or_new(self, m: Any) -> _TaskRow:
-        """The same; one that was never started gets a row all the same."""
-        row = self._row(m)
-        if row is None:
-            sender = self._own_sender(m)
-            name, attempts = (sender.name, sender.attempt - 1) if sender else (f"task-{m.task_id}", 0)
-            row = _TaskRow(m.task_id, name, QUEUED, attempts=attempts, run_id=self.run_id)
-            self._pending[m.task_id] = row
-        return row
+    def _known(self, m: Any) -> Any:
+        """The values of a task's row, as a commit left it, or of a new one."""
+        id, sender = m.task_id, self._own_sender(m)
+        if id in self._unfinished:
+            return _row_values(self._unfinished[id])
+        if id <= self.last_id and self._kept and sender is None:
+            cursor = self._store.conn.cursor()
+            cursor.row_factory = None  # a handler may have set the connection's
+            found = cursor.execute(LOAD_TASK, (id,)).fetchone()
+            if found is not None:
+                return found
+        name, attempts = (sender.name, sender.attempt - 1) if sender else (f"task-{id}", 0)
+        return id, name, QUEUED, 0.0, "", None, None, None, attempts, self.run_id
 
     def write(self) -> None:
         if self._kept and self._pending:
