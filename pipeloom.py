@@ -797,10 +797,6 @@ class Channel:
 # ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------
 
 REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task_runs%'"
-# sqlite3 caches statements by their text and authorizes each only once: the comments keep a handler's apart.
-BEGIN = "BEGIN IMMEDIATE -- pipeloom"
-COMMIT = "COMMIT -- pipeloom"
-ROLLBACK = "ROLLBACK -- pipeloom"
 FEW = 100  # rows that are stored together with those of other tasks; more have no need of it
 GATHER = 0.001  # seconds between commits that are quicker than that
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
@@ -889,7 +885,7 @@ class _Store:
         if self._durable:
             self.conn.execute("PRAGMA synchronous=FULL")
         self.conn.set_authorizer(self._authorize)
-        self._own(f"{BEGIN}, to open")  # as a cached BEGIN knows nothing of what is attached now
+        self._own("BEGIN IMMEDIATE /* first */")  # as a cached BEGIN knows nothing of what is attached now
         prepare()
         if self.conn.execute("PRAGMA locking_mode").fetchone()[0] != "normal":
             raise UsageError(
@@ -897,7 +893,7 @@ class _Store:
                 "not even this run; remove it"
             )
         self._defers = self.conn.execute(REFERENCES_TASKS).fetchone() is not None
-        self._own(COMMIT)
+        self._own("COMMIT")
         # Only now, as the index of millions of old names is not to be made in memory.
         self.conn.execute("PRAGMA cache_spill=OFF")  # so that a reader's lock is met at COMMIT only
         if self.path != ":memory:":
@@ -909,13 +905,13 @@ class _Store:
 
     def _transaction(self, apply: Callable[..., None], *args: Any) -> None:
         if self.conn.in_transaction:  # there was no memory to end the last one
-            self._own(ROLLBACK)
-        self._own(BEGIN)
+            self._own("ROLLBACK")
+        self._own("BEGIN IMMEDIATE")
         if self._defers:
             self.conn.execute("PRAGMA defer_foreign_keys=ON")
         apply(*args)
         self.check_files()
-        self._own(COMMIT)
+        self._own("COMMIT")
 
     def patiently(self, step: Callable[..., None], *args: Any) -> None:
         """Take a step until it works: a lock or a full disk that passes costs time and nothing else."""
@@ -926,7 +922,7 @@ class _Store:
                 return step(*args)
             except Exception as error:
                 if self.conn is not None and self.conn.in_transaction:
-                    self._own(ROLLBACK)
+                    self._own("ROLLBACK")
                 trouble = _trouble(error)
                 if trouble not in PASSING:
                     raise
@@ -987,10 +983,11 @@ class _Store:
     def _own(self, statement: str) -> None:
         self._ours, self.conn.is_on = True, False
         try:
-            self.conn.execute(statement)
+            # sqlite3 caches statements by their text and authorizes each only once: a handler's differs.
+            self.conn.execute(f"{statement} -- pipeloom")
         finally:
             self._ours = False
-        self.conn.is_on = statement.startswith(BEGIN)
+        self.conn.is_on = statement.startswith("BEGIN")
 
 
 class _TaskRow:
