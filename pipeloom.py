@@ -1016,9 +1016,10 @@ class _Status:
     alone; no lock.
     """
 
-    def __init__(self, store: _Store, kept: bool) -> None:
+    def __init__(self, store: _Store, kept: bool, shows: bool) -> None:
         self._store = store
         self._kept = kept  # else there are no such tables, and all this says is what has settled
+        self.shows = shows  # somebody wants the news; a run sets it before its first task
         self.run_id: int | None = None
         self.sender: _Attempt | None = None  # of the message that is being applied
         self.last_id = NEVER  # the highest id that is committed: what is above it is new
@@ -1026,7 +1027,6 @@ class _Status:
         self._unfinished: dict[int, _TaskRow] = {}  # committed rows of tasks that have not ended
         self.news: dict[tuple[int, type], Any] = {}  # messages of this transaction, for the display
         self.ended: list[tuple[_Attempt, str, str]] = []  # and for the engine: attempt, status, message
-        self._shows = False  # somebody wants the news
 
     def open(self, run: _Run | None) -> None:
         """Make the tables, or complete them, and note that a run begins."""
@@ -1054,15 +1054,15 @@ class _Status:
                 self._store.conn.execute(UNFINISHED_TASKS, (reason or "never finished", _now()))
             self._store.conn.execute(FINISH_RUN, (_now(), status, *counts, sum(counts), self.run_id))
 
-    def forget(self, shows: bool) -> None:
-        """What an earlier try at this transaction meant to do; `shows` says whether there is a display."""
-        self._pending, self.news, self.ended, self._shows = {}, {}, [], shows
+    def forget(self) -> None:
+        """What an earlier try at this transaction meant to do."""
+        self._pending, self.news, self.ended = {}, {}, []
 
     def begin(self, sender: _Attempt) -> None:
         """The same as started(), for the engine's own word."""
         id, at, number = sender.task_id, sender.started_at, sender.attempt
         self._pending[id] = _TaskRow(id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id)
-        if self._shows:
+        if self.shows:
             self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at)
 
     def started(self, m: MsgTaskStarted) -> None:
@@ -1072,7 +1072,7 @@ class _Status:
             row.finished_at = row.result = row.traceback = None
             row.attempts, row.run_id = (row.attempts or 0) + 1, self.run_id
         row.name, row.started_at = m.name, m.started_at
-        if self._shows:
+        if self.shows:
             self.news[m.task_id, MsgTaskStarted] = m
 
     def progressed(self, m: MsgTaskProgress) -> None:
@@ -1082,7 +1082,7 @@ class _Status:
         row.status, row.message = RUNNING, m.message
         if m.total:
             row.progress = m.step / m.total
-        if self._shows:
+        if self.shows:
             self.news[m.task_id, MsgTaskProgress] = m
 
     def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
@@ -1097,7 +1097,7 @@ class _Status:
         row.finished_at = at or None
         if status == DONE:
             row.progress = 1.0
-        if self._shows:
+        if self.shows:
             self.news[id, MsgTaskFinished] = MsgTaskFinished(id, status, at, result, message)
         if sender is not None:
             row.traceback = sender.trouble.traceback if status != DONE else None
@@ -1159,11 +1159,10 @@ class SQLiteWriter(threading.Thread):
         self._engine = run  # whose writer this is
         bars = _TaskBars(task_progress, task_bar_map or {}) if task_progress else "none"
         self._display = run.display if run else _Display(bars)
-        self.shows = run is None and task_progress is not None  # messages, to the display
         self._ring = run.wake.ring if run else int
         tell = self._display.tell
         self.store = _Store(os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, tell)
-        self.status = _Status(self.store, store_task_status)
+        self.status = _Status(self.store, store_task_status, shows=run is None and task_progress is not None)
         self.error: BaseException | None = None
         self.opened = False  # and how it failed, `error` says
         self._schema = schema or ""
@@ -1215,9 +1214,9 @@ class SQLiteWriter(threading.Thread):
     def _explain(self, error: BaseException) -> None:
         with suppress(Exception):  # of no memory: then as it is
             self.error = self.store.failure(_reason(error), opening=not self.opened)
-            if self._engine is None:
-                self._display.tell(logging.ERROR, "%s", self.error)
-        if self._engine is not None:
+        if self._engine is None:
+            self._display.tell(logging.ERROR, "%s", self.error)
+        else:
             self._engine.stop("the writer failed")
 
     def _leave(self) -> None:
@@ -1278,7 +1277,7 @@ class SQLiteWriter(threading.Thread):
         self._acknowledge()
 
     def _apply_all(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
-        self.status.forget(self.shows)
+        self.status.forget()
         joined = _Joined(self.conn, len(batch))
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
@@ -1333,7 +1332,7 @@ class SQLiteWriter(threading.Thread):
             self._display.update(message)
         if self._engine is not None and self.status.ended:
             self._engine.settle(self.status.ended)
-        self.status.forget(self.shows)
+        self.status.forget()
 
     def handle(self, message: Any) -> None:
         """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
@@ -3944,7 +3943,7 @@ class _Run:
         roster = _Roster(self)
         self.ends.append(roster.close)  # before the writer's last checkpoint, which then leaves no side files
         intake = self.intake = _Intake(self, roster)
-        self.writer.shows = self.display.start(self.graph.total())
+        self.writer.status.shows = self.display.start(self.graph.total())
         self.ends.append(self.crew.dismiss)
         with self.graph.lock:
             self.graph.start()
