@@ -62,6 +62,7 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback  # which logging imports anyway, as dataclasses does inspect
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -69,6 +70,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import import_module
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
 from itertools import accumulate, chain, compress, count, groupby, islice
 from operator import attrgetter, index, is_, itemgetter, length_hint
 from sched import scheduler
@@ -1465,13 +1467,11 @@ def _reason(error: BaseException) -> BaseException:
 
     Whoever keeps it must not keep what it has seen: the cursors in its frames hold the file open.
     """
-    from traceback import clear_frames
-
     error = error.args[0] if isinstance(error, _BadMessage) else error
     if isinstance(error, sqlite3.DatabaseError) and str(error) == "not authorized":
         what = "a handler rolled back the transaction; raise an exception instead, which fails its task only"
         error = error.__context__ if isinstance(error.__context__, Exception) else MessageRefused(what)
-    clear_frames(error.__traceback__)
+    traceback.clear_frames(error.__traceback__)
     return error
 
 
@@ -2739,17 +2739,15 @@ def _told(error: BaseException) -> tuple[str, str, str]:
 
     The cause is what failures have in common: the type, and the innermost line that is the user's.
     """
-    from traceback import FrameSummary, TracebackException
-
     root, kind, what = error, type(error).__name__, _describe(error)
     for _ in range(20):  # a library's exception hides what happened in the one that it was raised from
         root = root.__cause__ or root
     sent, row = getattr(error, "sent", (None, ""))
     try:
-        report = TracebackException(type(error), error, error.__traceback__)
+        report = traceback.TracebackException(type(error), error, error.__traceback__)
         report.stack[:] = [frame for frame in report.stack if not frame.filename.startswith(ENGINE)]
         if sent:  # the line that sent what cannot be stored; ours are of no interest
-            kind, report.stack[:] = what, [*report.stack, FrameSummary(*sent)]
+            kind, report.stack[:] = what, [*report.stack, traceback.FrameSummary(*sent)]
         place, text = _place_in(report.stack), _text("".join(report.format()))
     except BaseException:  # an exception may be so broken that it cannot be shown
         place, text = "", what
@@ -3427,8 +3425,6 @@ class _Crew:
         self.pid = os.getpid()
 
     def start(self) -> None:
-        from inspect import iscoroutinefunction
-
         stages = self._run.graph.stages
         if any(stage.terms.retries or stage.terms.timeout for stage in stages):
             _start(self.timer)
@@ -3563,11 +3559,9 @@ def _awaited(ctx: _Attempt, future: Any) -> Any:
 
 def _stack_of(thread: threading.Thread) -> tuple[str, str]:
     """Where a task's thread is just now, and the innermost line there that is the user's."""
-    from traceback import extract_stack, format_list
-
     try:
-        stack = extract_stack(sys._current_frames()[thread.ident])  # type: ignore[index]
-        lines = format_list([frame for frame in stack if not frame.filename.startswith(ENGINE)])
+        stack = traceback.extract_stack(sys._current_frames()[thread.ident])  # type: ignore[index]
+        lines = traceback.format_list([frame for frame in stack if not frame.filename.startswith(ENGINE)])
         told = "its thread was here:\n" if lines else "it waited for a coroutine, or for an executor\n"
         return _text(told + "".join(lines)), _place_in(stack)
     except Exception as error:  # its source cannot be read, or the thread has just ended
@@ -3576,8 +3570,6 @@ def _stack_of(thread: threading.Thread) -> tuple[str, str]:
 
 def _end_child() -> NoReturn:
     """A process that a task forked has come back from the task's function: it is no worker, and ends."""
-    import traceback
-
     error = sys.exc_info()[1]
     code = getattr(error, "code", 1) if error else 0
     if error and not isinstance(error, SystemExit):
@@ -4050,7 +4042,6 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         if stage.terms.executor is None:
             continue
         from concurrent.futures import ProcessPoolExecutor  # slow, and needed by few
-        from inspect import iscoroutinefunction
         from pickle import dumps
 
         function, why = stage.declared.function, ""
@@ -4147,8 +4138,6 @@ def _run(after: dict[_Declared, list[_Declared]], path: str, options: Mapping[st
 
 def _check_function(what: str, function: Any, *arguments: str) -> None:
     """Find out before anything is started that a function can be called so."""
-    from inspect import isasyncgenfunction, isgeneratorfunction, signature
-
     if isgeneratorfunction(function) or isasyncgenfunction(function):
         raise UsageTypeError(
             f"{what} is a generator function, so its body would never run; replace yield with ctx.progress()"
@@ -4974,12 +4963,10 @@ def _show_stacks(*_: Any) -> None:
     faulthandler.register would also show a main thread that hangs in C, but it reads the stacks of threads
     that run on meanwhile, and takes the process with it at times.
     """
-    from traceback import format_stack
-
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     text = _Screen.current.erased(_terminal_size(sys.stderr)[0]) if _Screen.current else ""
     for ident, frame in sys._current_frames().items():
-        text += f"Thread {names.get(ident, ident)}:\n{''.join(format_stack(frame))}"
+        text += f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
     with suppress(OSError):
         os.write(2, text.encode("utf-8", "backslashreplace"))
 
@@ -5121,8 +5108,6 @@ def _cmd_demo(args: Any) -> int:
 
 
 def _cmd_run(args: Any) -> int:
-    from inspect import signature
-
     arguments = dict(_argument(text) for text in args.arg)
     try:
         function = _load_target(args.target)
