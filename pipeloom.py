@@ -95,7 +95,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # which type checkers bring along
 
     Handler = Callable[[sqlite3.Connection, Any], object]
-    Line = tuple[str, int, str]  # of code: file, line, function
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
     Function = TypeVar("Function", bound=Callable[..., Any])
     Handles = TypeVar("Handles", bound=Handler)
@@ -265,7 +264,6 @@ TaskDef = DemoTask = Task
 MsgTaskStart, MsgTaskFinish = MsgTaskStarted, MsgTaskFinished
 # The engine's own MsgTaskFinished: to make a frozen dataclass takes three times as long.
 _Finish = namedtuple("_Finish", "task_id status finished_at result message")
-TRANSACTION = re.compile(r"\s*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
 SENTINEL = object()  # asks a writer to commit what it has and stop; known by identity
 
 
@@ -295,7 +293,6 @@ def _words(error: BaseException) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """The type and text of an exception."""
     text = _words(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -376,18 +373,17 @@ def _checked_execute(m: MsgExecute) -> MsgExecute:
     return MsgExecute(m.sql, _rows(m.params) if m.many else _row(m.params), m.many)
 
 
+TRANSACTION = re.compile(r"\s*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
+_manages_transaction = lru_cache(256)(TRANSACTION.match)
+
+
 def _check_sql(sql: object) -> None:
     if not isinstance(sql, str):
         raise MessageRefused(f"sql {sql!r} cannot be run: expected a str")
-    if _ends_transaction(sql):
+    if _manages_transaction(sql):
         raise MessageRefused(
             f"{sql!r:.80} is not allowed in a task, because the writer manages transactions; remove it"
         )
-
-
-@lru_cache(256)
-def _ends_transaction(sql: str) -> bool:
-    return TRANSACTION.match(sql) is not None
 
 
 def _row(params: Any) -> Any:
@@ -507,8 +503,7 @@ def _set_up(conn: sqlite3.Connection, path: str, wal: bool, tell: Callable[..., 
     wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
     got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
     if got.upper() != wanted:
-        told = "database %r: journal mode is %s, as %s does not work here"
-        tell(logging.WARNING, told, path, got, wanted)
+        tell(logging.WARNING, "database %r: journal mode is %s, as %s does not work here", path, got, wanted)
     conn.execute("PRAGMA synchronous=NORMAL")
     conn.execute("PRAGMA foreign_keys=ON")
 
@@ -654,9 +649,8 @@ class _RunLock:
             if _trouble(error) == "lock":
                 what = f"is in use by {_holder(db_path)}"
                 raise RunInProgress(db_path, what, "wait until it ends, or use another file") from None
-            cure = "make that file writable for this user, or use another database"
-            if not os.path.exists(self.path):
-                cure = CURES["open"]
+            permit = "make that file writable for this user, or use another database"
+            cure = permit if os.path.exists(self.path) else CURES["open"]
             raise DatabaseError(db_path, f"cannot be locked through {self.path!r}: {error}", cure) from error
 
     @staticmethod
@@ -1162,8 +1156,9 @@ class SQLiteWriter(threading.Thread):
         bars = _TaskBars(task_progress, task_bar_map or {}) if task_progress else "none"
         self._display = run.display if run else _Display(bars)
         self._ring = run.wake.ring if run else int
-        tell = self._display.tell
-        self.store = _Store(os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, tell)
+        self.store = _Store(
+            os.fspath(db_path), wal, durable, busy_timeout, self._is_hurried, self._display.tell
+        )
         self.status = _Status(self.store, store_task_status, shows=run is None and task_progress is not None)
         self.error: BaseException | None = None
         self.opened = False  # and how it failed, `error` says
@@ -2762,8 +2757,10 @@ def _place_in(stack: Sequence[Any]) -> str:
     return f"{os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}" if frame else ""
 
 
-def _place(depth: int) -> Line | None:
-    """The user's line that has called this file: the method so many calls above, or what called that."""
+def _place(depth: int) -> tuple[str, int, str] | None:
+    """The user's line (file, number, function) that has called this file: the method so many calls above, or
+    what called that.
+    """
     frame: Any = sys._getframe(depth).f_back
     while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
