@@ -728,7 +728,7 @@ class Channel:
         if self.failure is not None:
             raise self.failure
         if rows > 1:
-            self._rows += rows  # before they come; too many, if the sender is closed: see _is_full
+            self._rows += rows  # before they come; too many, if the sender is closed: see _wait_for_room
         if sender is None:
             self._queue.put((None, message))
             return True
@@ -751,15 +751,10 @@ class Channel:
         """
         if get_ident() == self._reader or os.getpid() != self._pid or (sender and sender.closed):
             return
-        while self._is_full() and self.failure is None:
-            with self._room:
-                if self._is_full() and self.failure is None:
-                    self._room.wait(0.5)
-
-    def _is_full(self) -> bool:
-        """Never without an item: it is for these that the writer comes, and then forgets the rows."""
-        items: int = self._queue.qsize()
-        return items > 0 and items + self._rows >= self._limit
+        with self._room:
+            # Not where there is no item: it is for these that the writer comes, and then forgets the rows.
+            while self._queue.qsize() >= max(1, self._limit - self._rows) and self.failure is None:
+                self._room.wait(0.5)
 
     def batches(self) -> Iterator[list[tuple[_Attempt | None, Any]]]:
         """Everything there is, waiting for the first message; who asks for more has stored what it got."""
