@@ -768,9 +768,15 @@ class Channel:
             if end is not None:
                 self._ended = True
                 del items[end:]
-            yield [(None, message) for message in items] if self._bare else items
-            for _ in range(taken if hasattr(self._queue, "task_done") else 0):
-                self._queue.task_done()  # for a plain queue's join()
+            try:
+                yield [(None, message) for message in items] if self._bare else items
+            finally:
+                self._note_done(taken)
+
+    def _note_done(self, taken: int) -> None:
+        """For a plain queue's join(), which ends also where what was taken could not be stored."""
+        for _ in range(taken if hasattr(self._queue, "task_done") else 0):
+            self._queue.task_done()
 
     def close(self) -> None:
         """Nothing more will be put; batches() gives what is there, and ends."""
@@ -783,6 +789,7 @@ class Channel:
             self._room.notify_all()
         while self._bare and not self._ended:  # so that no producer blocks
             self._ended = self._queue.get() is SENTINEL
+            self._note_done(1)
 
 
 # ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------

@@ -328,9 +328,11 @@ def run_alone(db, *messages, kind=SQLiteWriter, limit=0, **options):
     writer.start()
     for message in (*messages, SENTINEL):
         q.put(message, timeout=WAIT)
-    writer.join(WAIT)
-    assert not writer.is_alive()
-    q.join()
+    try:
+        writer.join(WAIT)
+        assert not writer.is_alive()
+    finally:
+        q.join()  # also where the writer has failed
 
 
 def declare_one(function=lambda *arguments: None, **options):
@@ -3721,6 +3723,14 @@ def test_the_writer_works_alone_on_a_plain_queue(db):
         (2, "task-2", "error", 0.0, None, "never started"),
         (3, "three", "running", 0.0, None, ""),
     ]
+
+
+def test_a_writer_alone_that_fails_keeps_nobody_who_joins_its_queue(db):
+    starts = [MsgTaskStarted(id, str(id), "now") for id in range(10)]
+    with pytest.raises(pipeloom.DatabaseError, match="cannot be created"):
+        run_alone(db / "x.db", *starts)
+    with pytest.raises(pipeloom.WriterFailed, match="was deleted, moved or replaced"):
+        run_alone(db, User("a", "b"), *starts, limit=1, handlers={User: lambda conn, user: db.unlink()})
 
 
 def test_a_plain_queue_is_checked_as_well(db):
