@@ -4298,8 +4298,7 @@ class Pipeline:
             for what in declared.after:
                 if not (isinstance(what, str) or callable(what)) or what not in meant:
                     raise self._unknown(declared, what)
-            named = chain.from_iterable(meant[what] for what in declared.after)
-            after[declared] = list(dict.fromkeys(named))
+            after[declared] = list(dict.fromkeys(named for what in declared.after for named in meant[what]))
         _check_cycles(after)
         return after
 
@@ -4347,25 +4346,21 @@ def _declared(function: Any, each: Any, name: Any) -> _Declared:
 
 def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]:
     """Raise UsageError if some task would wait for itself; returns all in an order in which they can run."""
-    waits = {declared: len(before) for declared, before in after.items()}
-    followers: dict[_Declared, list[_Declared]] = {declared: [] for declared in after}
-    for declared, others in after.items():
-        for before in others:
-            followers[before].append(declared)
-    free = [declared for declared in after if not after[declared]]
-    for before in free:  # which grows
-        for declared in followers[before]:
-            waits[declared] -= 1
-            if not waits[declared]:
-                free.append(declared)
-    stuck = {declared.name: after[declared] for declared, number in waits.items() if number}
+    ordered: dict[_Declared, None] = {}
+    number = -1
+    while number < len(ordered):  # mostly once: who comes after others is declared after them
+        number = len(ordered)
+        for declared, others in after.items():
+            if declared not in ordered and ordered.keys() >= set(others):
+                ordered[declared] = None
+    stuck = {declared.name: others for declared, others in after.items() if declared not in ordered}
     if stuck:
         walk = [min(stuck)]
         while walk[-1] not in walk[:-1]:
             walk.append(min(before.name for before in stuck[walk[-1]] if before.name in stuck))
         cycle = " after ".join(walk[walk.index(walk[-1]) :])
         raise UsageError(f"circular after=: {cycle}; remove one of them")
-    return free
+    return list(ordered)
 
 
 # ---- Status: reading a finished or a live database; never writes, never blocks a run -------------------
