@@ -4234,8 +4234,9 @@ class Pipeline:
         the result.
         """
         if function is None:
-            options.update(each=each, name=name, after=after, even_if_failed=even_if_failed)
-            return partial(self.task, **options)
+            return partial(
+                self.task, each=each, name=name, after=after, even_if_failed=even_if_failed, **options
+            )
         declared = _declared(function, each, name)
         before = self._declared.get(declared.name)
         if before is not None and not _is_again(before.function, function):
@@ -4313,14 +4314,12 @@ class Pipeline:
 
 def _is_again(old: Any, new: Any) -> bool:
     """Whether a function is declared once more, as where the cell of a notebook is run again."""
-
-    def name(function: Any) -> tuple[Any, Any]:
-        return getattr(function, "__module__", 0), getattr(function, "__qualname__", 0)
-
     one, other = getattr(old, "__code__", None), getattr(new, "__code__", None)
-    if one is other or one is None or other is None or name(old) != name(new) or "<lambda>" in name(new)[1]:
+    if one is other or one is None or other is None or "<lambda>" in new.__qualname__:
         return False  # such as a function that is made in a loop
-    return one.co_filename != other.co_filename or bool(one.co_firstlineno == other.co_firstlineno)
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        return False
+    return bool(one.co_filename != other.co_filename or one.co_firstlineno == other.co_firstlineno)
 
 
 def _declared(function: Any, each: Any, name: Any) -> _Declared:
