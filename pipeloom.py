@@ -65,7 +65,7 @@ import time
 import traceback  # which logging imports anyway, as dataclasses does inspect
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -434,12 +434,12 @@ STORE_TASKS = (  # no REPLACE, which would fire ON DELETE CASCADE of a user's ow
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
 FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
-FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 2"
+FIND_NAME = FIND_ID[:-6] + "name = ? AND id > ? AND id <= ? ORDER BY id LIMIT 1"
 NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile included
     "SELECT coalesce(max(run_id), ?) FROM task_runs"
     " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
 )
-FIND_NTH = FIND_ID[:-6] + "name = ? ORDER BY id LIMIT 1 OFFSET ?"
+LAST_TASK = "SELECT id, run_id FROM task_runs ORDER BY id DESC LIMIT 1"
 FIND_RESULT = "SELECT result FROM task_runs WHERE name = ? ORDER BY id LIMIT 1"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
@@ -5234,7 +5234,7 @@ class _Session:
             run = _Run(after, path, {**options, **self.options})
             if getattr(self.args, "dry_run", False):
                 _check_stages(run.graph.stages, path, run.options["redo"])
-                for name in _planned(after, path, run.options):
+                for name in _planned(run, after, path):
                     _print(_cut(name, _width(name)))
                 return RunResult(None, 0, 0, 0, 0, 0.0)
             try:
@@ -5366,48 +5366,28 @@ def _command_to_resume(given: list[str]) -> str:
     return folder + command if len(command) < 1_000 and command.isprintable() else SAME_COMMAND
 
 
-def _planned(after: dict[_Declared, list[_Declared]], path: str, options: Any) -> Iterator[str]:
+def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -> Iterator[str]:
     """The names of the tasks that a run would start."""
-    with ExitStack() as ends:
-        conn = None
-        if options["resume"] and os.path.exists(path):
-            conn = ends.enter_context(_connect_readonly(path))
-        newest: dict[_Declared, int] = {}  # the last run that did a task of it
-        seen: dict[str, int] = {}
+    with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # else no run has been there
+        for last_id, _ in conn.execute(LAST_TASK):
+            run.writer.status.last_id = last_id
+    newest: dict[_Declared, int] = {}  # the last run that did a task of it
+    redo = set(run.options["redo"])
+    with closing(_Roster(run)) as roster:
         for declared in _check_cycles(after):
             older = max((newest[before] for before in after[declared]), default=NEVER)
-            newest[declared] = NEVER
-            named = list(_names_of(declared))
+            newest[declared] = roster.newest(declared.name)
+            named = [(None, f"{declared.name}[...]")]  # it may need those before to have run
+            if not (callable(declared.source) and declared.after):
+                named = [declared.identify(item, at) for at, item in enumerate(declared.items(), 1)]
             if not named:
                 _say(f"pipeloom: each= of task {declared.name!r} gives no item")
             for id, name in named:
-                status, run_id = _last_of(conn, id, name, seen.get(name, 0))
-                seen[name] = seen.get(name, 0) + 1
-                again = name in options["redo"] or declared.name in options["redo"]
-                if status != DONE or run_id < older or again:
+                _, done_in = roster.find(id, name)
+                if done_in is None or done_in < older or redo & {name, declared.name}:
                     yield name
-                    run_id = sys.maxsize
-                newest[declared] = max(newest[declared], run_id)
-
-
-def _names_of(declared: _Declared) -> Iterator[tuple[Any, str]]:
-    """Ids and names of its tasks; what comes after others may need them to have run before it can say."""
-    if callable(declared.source) and declared.after:
-        yield None, f"{declared.name}[...]"
-        return
-    for position, item in enumerate(declared.items(), 1):
-        yield declared.identify(item, position)
-
-
-def _last_of(conn: Any, id: Any, name: str, position: int) -> tuple[str, int]:
-    """The status of a task in earlier runs, and the last run that had it."""
-    row = None
-    with suppress(sqlite3.Error):  # it has no such table
-        if conn is not None and id is not None:
-            row = conn.execute(FIND_ID, (id,)).fetchone()
-        elif conn is not None:
-            row = conn.execute(FIND_NTH, (name, position)).fetchone()
-    return (row[1], row[2]) if row else ("", NEVER)
+                    done_in = sys.maxsize
+                newest[declared] = max(newest[declared], done_in)
 
 
 def _summary(path: str, result: RunResult) -> str:

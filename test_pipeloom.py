@@ -6327,6 +6327,18 @@ def test_a_dry_run_with_resume_names_what_would_run(home):
     assert done.stderr.startswith("pipeloom: redo='no': no task has this name; there are load, report, load[")
 
 
+def test_a_dry_run_knows_of_what_an_item_that_has_gone_has_done(db, capsys, same_logging):
+    pipe = Pipeline(db, progress="none")
+    pipe.task(lambda ctx, item: None, name="load", each=["a"])
+    pipe.task(lambda ctx: None, name="report", after="load")
+    pipe.run()
+    execute(db, "INSERT INTO task_runs(id, name, status, progress, run_id) VALUES (9, 'load[b]', 'done', 1, 2)")
+    with pytest.raises(SystemExit):
+        pipe.main(["--resume", "--dry-run"])
+    assert capsys.readouterr().out == "report\n"
+    assert pipe.run(resume=True).done == 1
+
+
 def test_a_summary_says_how_many_causes_it_leaves_out(home):
     (home / "c.py").write_text(
         "import pipeloom\n"
