@@ -65,7 +65,7 @@ import time
 import traceback  # which logging imports anyway, as dataclasses does inspect
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -4934,17 +4934,14 @@ def _signals_taken() -> Iterator[None]:
     `kill -USR1 PID` print every thread's stack; but none that the program uses itself.
     """
     wanted = {"SIGTERM": _end_by_signal, "SIGHUP": _end_by_signal, "SIGUSR1": _show_stacks}
-    handlers = {getattr(signal, name): do for name, do in wanted.items() if hasattr(signal, name)}  # Windows
-    if threading.current_thread() is not threading.main_thread():  # which alone may take them
-        handlers.clear()
-    taken = [number for number in handlers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, handlers[number])
-    try:
+    may_take = threading.current_thread() is threading.main_thread()
+    with ExitStack() as ends:
+        for name, handler in wanted.items():
+            number: Any = getattr(signal, name, None)  # Windows lacks some
+            if may_take and number and signal.getsignal(number) == signal.SIG_DFL:
+                ends.callback(signal.signal, number, signal.SIG_DFL)
+                signal.signal(number, handler)
         yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _end_by_signal(number: int, _: Any) -> None:
