@@ -4640,17 +4640,16 @@ class _Shell:
         self._busy: dict[int, threading.Thread] = {}  # by task_id; some may be of attempts that were cut off
 
     def __enter__(self) -> Any:
-        from linecache import getlines
+        from inspect import getsource
         from subprocess import DEVNULL, PIPE, Popen
 
-        first, end = _members.__code__.co_firstlineno - 1, main.__code__.co_firstlineno - 1
-        program = "from __future__ import annotations\nfrom contextlib import suppress\n"
-        program += "import os, threading, time\n" + "".join(getlines(__file__, globals())[first:end])
-        program += f"_keep({KILL_AFTER})"
-        command: Any = [sys.executable, "-IS", "-c", program]
-        streams: Any = {"stdin": PIPE, "stdout": DEVNULL, "stderr": DEVNULL}
+        parts = [getsource(function) for function in (_members, _send, _end, _keep)]
+        program = "\n".join([KEEPER, *parts, f"_keep({KILL_AFTER})"])
         try:
-            self._keeper: Any = Popen(command, start_new_session=True, **streams)  # out of reach of Ctrl-C
+            self._keeper: Any = Popen(
+                [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
+                start_new_session=True,  # out of reach of Ctrl-C
+            )  # fmt: skip
         except OSError as error:
             raise PipeloomError(f"cannot start a process: {error.strerror}; close other programs") from error
         return self
@@ -4767,8 +4766,14 @@ def _end_of(file: Any, size: int) -> str:
     return str(file.read(BLOCK).decode(errors="backslashreplace").rstrip("\n"))
 
 
-# The keeper's program is the lines from here to main(), and nothing else of this file. It knows a command by
-# the id of its process, which is that of its group and of its session, too.
+# The keeper's program is the functions from here to main(), and nothing else of this file. It knows a command
+# by the id of its process, which is that of its group and of its session, too.
+
+KEEPER = """
+from __future__ import annotations
+import os, threading, time
+from contextlib import suppress
+"""
 
 
 def _members(session: int) -> list[int]:
