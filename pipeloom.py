@@ -4136,16 +4136,17 @@ def _run(after: dict[_Declared, list[_Declared]], path: str, options: Mapping[st
     return _Run(after, path, options).execute()
 
 
-def _check_function(what: str, function: Any, *arguments: str) -> None:
+def _check_function(what: str, function: Any, /, *arguments: str, **named: Any) -> None:
     """Find out before anything is started that a function can be called so."""
     if isgeneratorfunction(function) or isasyncgenfunction(function):
         raise UsageTypeError(
             f"{what} is a generator function, so its body would never run; replace yield with ctx.progress()"
         )
     try:
-        signature(function).bind(*arguments)
+        signature(function).bind(*arguments, **named)
     except TypeError as error:
-        raise UsageTypeError(f"{what} cannot be called with ({', '.join(arguments)}): {error}") from None
+        given = ", ".join([*arguments, *named])
+        raise UsageTypeError(f"{what} cannot be called with ({given}): {error}") from None
     except ValueError:  # a builtin that does not tell its parameters
         return
 
@@ -5109,19 +5110,14 @@ def _cmd_run(args: Any) -> int:
         function = _load_target(args.target)
     finally:
         _setup_logging_of(args)  # after the program's own, which may configure it
-    if isinstance(function, Pipeline):
-        if arguments:
-            what = f"--arg: {args.target} is a Pipeline, which takes no arguments"
-            raise UsageError(f"{what}; pass a function instead")
-        function = function.run
-    try:
-        with suppress(ValueError):  # of a builtin that does not tell its parameters
-            signature(function).bind(**arguments)
-    except TypeError as error:
-        name = getattr(function, "__name__", function)
-        what = f"--arg: {name}() cannot be called like this: {error}"
-        raise UsageError(f"{what}; check its parameters") from error
-    return _Session(args).call(lambda: function(**arguments))
+    if not isinstance(function, Pipeline):
+        _check_function(f"--arg: {args.target}", function, **arguments)
+        return _Session(args).call(partial(function, **arguments))
+    if arguments:
+        raise UsageError(
+            f"--arg: {args.target} is a Pipeline, which takes no arguments; pass a function instead"
+        )
+    return _Session(args).call(function.run)
 
 
 def _argument(text: str) -> tuple[str, Any]:
