@@ -5015,9 +5015,9 @@ def _parser() -> Any:
 
     text = "Run tasks that only sleep, to see it work."
     add = command(_cmd_demo, "[options]", text, "-n 50 -w 10", "--fail 2", db="./wal_demo.db")
-    add("-n", "--num-tasks", type=_number_from(1), default=20, metavar="N", help="how many (default: 20)")
+    add("-n", "--num-tasks", type=_number, default=20, metavar="N", help="how many (default: 20)")
     add("--no-wal", action="store_true", help="use SQLite's rollback journal")
-    add("--fail", type=_number_from(0), default=0, metavar="N", help="make N tasks fail")
+    add("--fail", type=partial(_number, low=0), default=0, metavar="N", help="make N tasks fail")
     _add_common_options(add)
     examples = "job.py --resume", "job.py:load --arg folder=incoming"
     add = command(_cmd_run, "[options] TARGET", RUN_HELP, *examples, db=None)
@@ -5036,7 +5036,7 @@ def _parser() -> Any:
     examples = "sales.db --watch", "report --db sales.db"
     add = command(_cmd_status, "[options] [FILE] [NAME...]", text, *examples)
     add("names", nargs="*", metavar="NAME", help="all about this task; FILE is the database")
-    add("-n", "--limit", type=_number_from(1), metavar="N", help="how many of each kind (default: what fits)")
+    add("-n", "--limit", type=_number, metavar="N", help="how many of each kind (default: what fits)")
     add("--failed", action="store_true", help="only tasks that failed or were cancelled")
     add("--watch", action="store_true", help="keep it up to date until the run ends")
     add("--json", action="store_true", help="as JSON")
@@ -5063,7 +5063,7 @@ def _pipeline_parser(pipe: Pipeline) -> Any:
 
 
 def _add_run_options(add: Callable[..., Any]) -> None:
-    add("--retries", type=_number_from(0), metavar="N", help="retry a failed task up to N times")
+    add("--retries", type=partial(_number, low=0), metavar="N", help="retry a failed task up to N times")
     add("--timeout", type=float, metavar="SECONDS", help="time limit for one attempt")
     add("--fail-fast", action="store_true", default=None, help="start no more tasks after the first failure")
     add("--durable", action="store_true", default=None, help="make each commit survive a power loss")
@@ -5073,27 +5073,24 @@ def _add_run_options(add: Callable[..., Any]) -> None:
 
 
 def _add_processes(add: Callable[..., Any]) -> None:
-    add("--processes", type=_number_from(1), metavar="N", help="run N tasks at once, each in a process")
+    add("--processes", type=_number, metavar="N", help="run N tasks at once, each in a process")
 
 
 def _add_common_options(add: Callable[..., Any]) -> None:
     add("--resume", action="store_true", default=None, help="skip the tasks that are done")
     add("--redo", action="append", metavar="NAME", help="skip what is done, but not this; may be repeated")
     add("-q", "--quiet", action="store_true", help="say nothing when all goes well")
-    add("-w", "--workers", type=_number_from(1), metavar="N", help="how many tasks run at once")
+    add("-w", "--workers", type=_number, metavar="N", help="how many tasks run at once")
     add("-v", "--verbose", action="count", default=0, help="log more; -vv logs everything")
     add("-l", "--log-file", metavar="FILE", help="also log to FILE")
 
 
-def _number_from(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        import argparse
+def _number(text: str, low: int = 1) -> int:
+    import argparse
 
-        if not text.isdigit() or not low <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
-        return int(text)
-
-    return number
+    if not text.isdecimal() or not low <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
+    return int(text)
 
 
 def _cmd_demo(args: Any) -> int:
