@@ -4863,7 +4863,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 SAME_COMMAND = "the same command with --resume"
-COMMANDS = ("demo", "run", "sh", "status", "init-db")
+COMMANDS = {  # what comes after the name, what it does, and examples
+    "demo": ("[options]", "Run tasks that only sleep, to see it work.", "-n 50 -w 10", "--fail 2"),
+    "run": (
+        "[options] TARGET",
+        (
+            "Run your pipeline, function or file.\n"
+            "TARGET is package.module:name, file.py:name, or file.py (its main or Pipeline)."
+        ),
+        "job.py --resume",
+        "job.py:load --arg folder=incoming",
+    ),
+    "sh": (
+        "[options] [COMMAND [ITEM...]]",
+        (
+            "Run a shell command for each item: xargs with a memory.\n"
+            "{} is the item, quoted; without it the item comes last. Without ITEM, each line\n"
+            "of stdin is one. Without COMMAND, each line of stdin is a whole command."
+        ),
+        "-w 8 --resume 'gzip -k {}' *.log",
+        "--retries 2 --timeout 60 < commands.txt",
+    ),
+    "status": (
+        "[options] [FILE] [NAME...]",
+        "Show what runs, what failed and what is done, also during a run.",
+        "sales.db --watch",
+        "report --db sales.db",
+    ),
+    "init-db": (
+        "[--db FILE]",
+        "Create the tables, or complete those of an older pipeloom.",
+        "",
+        "--db sales.db",
+    ),
+}
 
 
 def _execute(parser: Any, argv: list[str] | None) -> int:
@@ -4981,8 +5014,6 @@ def _new_parser(prog: str, usage: str, text: str, *examples: str, of: Any = None
             head, _, examples = super().format_help().partition("\n\nexample: ")
             return head.replace("\n\n", "\n") + f"\n\nexample: {examples}"
 
-    if of is not None:
-        more["help"] = text.partition("\n")[0]
     parser = (of.add_parser if of else Parser)(
         prog=prog,
         add_help=False,  # it has a line of its own in every help
@@ -5000,56 +5031,43 @@ def _parser() -> Any:
     from argparse import REMAINDER, SUPPRESS
 
     me = " ".join(_this_program())
-    text = "Run many tasks at once, store what they produce in SQLite, watch them live."
-    parser = _new_parser(me, "COMMAND ...", text, "demo", "status wal_demo.db")
+    about = "Run many tasks at once, store what they produce in SQLite, watch them live."
+    parser = _new_parser(me, "COMMAND ...", about, "demo", "status wal_demo.db")
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(function: Any, usage: str, text: str, *examples: str, db: Any = "./pipeloom.db") -> Any:
-        name = function.__name__[len("_cmd_") :].replace("_", "-")
-        sub = _new_parser(f"{me} {name}", usage, text, *examples, of=commands, name=name)
+    def command(name: str, function: Any, db: Any = "./pipeloom.db") -> Any:
+        summary = COMMANDS[name][1].partition("\n")[0]
+        sub = _new_parser(f"{me} {name}", *COMMANDS[name], of=commands, name=name, help=summary)
         sub.set_defaults(command=function)
         default = db or "the one in the program"
         sub.add_argument("--db", default=db, metavar="FILE", help=f"the database (default: {default})")
         return sub.add_argument
 
-    text = "Run tasks that only sleep, to see it work."
-    add = command(_cmd_demo, "[options]", text, "-n 50 -w 10", "--fail 2", db="./wal_demo.db")
+    add = command("demo", _cmd_demo, "./wal_demo.db")
     add("-n", "--num-tasks", type=_number, default=20, metavar="N", help="how many (default: 20)")
     add("--no-wal", action="store_true", help="use SQLite's rollback journal")
     add("--fail", type=partial(_number, low=0), default=0, metavar="N", help="make N tasks fail")
     _add_common_options(add)
-    examples = "job.py --resume", "job.py:load --arg folder=incoming"
-    add = command(_cmd_run, "[options] TARGET", RUN_HELP, *examples, db=None)
+    add = command("run", _cmd_run, None)
     add("target", metavar="TARGET", help=SUPPRESS)
     add("--arg", action="append", default=[], metavar="KEY=VALUE", help="for the function; may be repeated")
     _add_run_options(add)
     _add_processes(add)
-    examples = "-w 8 --resume 'gzip -k {}' *.log", "--retries 2 --timeout 60 < commands.txt"
-    add = command(_cmd_sh, "[options] [COMMAND [ITEM...]]", SH_HELP, *examples)
+    add = command("sh", _cmd_sh)
     add("words", nargs=REMAINDER, help=SUPPRESS)
     add("-0", "--null", action="store_true", help="items on stdin end with NUL: find -print0")
     add("--tag", action="store_true", help="print the item before each line of output")
     add("--quiet-output", action="store_true", help="print no output of the commands")
     _add_run_options(add)  # but no --processes: each command is one
-    text = "Show what runs, what failed and what is done, also during a run."
-    examples = "sales.db --watch", "report --db sales.db"
-    add = command(_cmd_status, "[options] [FILE] [NAME...]", text, *examples)
+    add = command("status", _cmd_status)
     add("names", nargs="*", metavar="NAME", help="all about this task; FILE is the database")
     add("-n", "--limit", type=_number, metavar="N", help="how many of each kind (default: what fits)")
     add("--failed", action="store_true", help="only tasks that failed or were cancelled")
     add("--watch", action="store_true", help="keep it up to date until the run ends")
     add("--json", action="store_true", help="as JSON")
-    text = "Create the tables, or complete those of an older pipeloom."
-    command(_cmd_init_db, "[--db FILE]", text, "", "--db sales.db")
+    command("init-db", _cmd_init_db)
     return parser
-
-
-RUN_HELP = """Run your pipeline, function or file.
-TARGET is package.module:name, file.py:name, or file.py (its main or Pipeline)."""
-SH_HELP = """Run a shell command for each item: xargs with a memory.
-{} is the item, quoted; without it the item comes last. Without ITEM, each line
-of stdin is one. Without COMMAND, each line of stdin is a whole command."""
 
 
 def _pipeline_parser(pipe: Pipeline) -> Any:
