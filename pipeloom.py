@@ -4421,21 +4421,22 @@ def read_status(
         if _trouble(error) == "lock":
             raise DatabaseError(path, f"cannot be read now: {error}", "try again later") from error
         if "readonly" in str(error):
-            what = "was left half-written by a killed run"
-            raise DatabaseError(path, what, "start the next run, which rolls that back") from error
+            raise DatabaseError(
+                path, "was left half-written by a killed run", "start the next run, which rolls that back"
+            ) from error
         if "no such table" in str(error) and _RunLock.is_held(path):  # a run is about to make it
             empty: dict[str, Any] = {key: [] for key in ("tasks", *KINDS.values())}
             return {"database": path, "counts": {}, "run": None, "run_counts": {}, **empty}
-        what = f"has no task status: {error}"
-        raise DatabaseError(path, what, "pass a database that pipeloom has written") from error
+        raise DatabaseError(
+            path, f"has no task status: {error}", "pass a database that pipeloom has written"
+        ) from error
+    if _RunLock.is_held(path) is not held or (idle and any(map(os.path.exists, side_files))):
+        return read_status(path, limit, failed, names=names)  # a run has begun or ended meanwhile
     run = status["run"]
-    alive = _RunLock.is_held(path) if run and run["status"] == RUNNING else False
-    begun = idle and any(map(os.path.exists, side_files))
-    if begun or (run and run["status"] == RUNNING and held is not alive):  # it has begun or ended meanwhile
-        return read_status(path, limit, failed, names=names)
     if run:
-        gone = run["status"] == RUNNING and alive is False  # the next run will say so in the database
-        run.update(alive=alive, status="interrupted" if gone else run["status"])
+        run["alive"] = held if run["status"] == RUNNING else False
+        if run["status"] == RUNNING and held is False:
+            run["status"] = "interrupted"  # the next run will say so in the database
     return status
 
 
