@@ -5113,11 +5113,14 @@ def _number(text: str, low: int = 1) -> int:
 
 
 def _cmd_demo(args: Any) -> int:
-    names = [f"task-{id}{'!' if id <= args.fail else ''}" for id in range(1, args.num_tasks + 1)]
-    tasks = [Task(id, name, steps=10 + 7 * id % 21) for id, name in enumerate(names, 1)]
-    workers = args.workers or min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
-    options: RunOptions = {"workers": workers, "wal": not args.no_wal}
-    return _Session(args).call(lambda: run_pipeline(tasks, args.db, worker_fn=demo_worker, **options))
+    ids = range(1, args.num_tasks + 1)
+    tasks = [Task(id, f"task-{id}" + "!" * (id <= args.fail), steps=10 + 7 * id % 21) for id in ids]
+    workers = min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
+    return _Session(args).call(
+        lambda: run_pipeline(
+            tasks, args.db, worker_fn=demo_worker, workers=workers, wal=not args.no_wal
+        )
+    )
 
 
 def _cmd_run(args: Any) -> int:
@@ -5207,10 +5210,11 @@ class _Session:
     importing = False  # the target is being imported, and should not run yet
 
     def __init__(self, args: Any) -> None:
-        names = ("workers", "resume", "redo", "retries", "timeout", "fail_fast", "durable", "progress")
-        given = {name: getattr(args, name, None) for name in names}
-        given["progress"] = given["progress"] or ("none" if args.quiet else None)
-        self.options = {name: value for name, value in given.items() if value is not None}
+        self.options = {
+            name: value for name, value in vars(args).items() if name in OPTIONS and value is not None
+        }
+        if args.quiet:
+            self.options.setdefault("progress", "none")
         self.args = args
         self.runs: list[tuple[str, RunResult]] = []
 
@@ -5428,9 +5432,11 @@ def _cmd_sh(args: Any) -> int:
     commands: Any = _commands(template, items or _stdin_items(b"\0" if args.null else b"\n"))
     if items:
         commands = list(commands)  # their number is known
+    delay = KILL_AFTER + 0.5  # when the attempt before is gone
     with _Shell(args.quiet_output, args.tag) as shell:
-        options: RunOptions = {"retry_delay": KILL_AFTER + 0.5}  # when the attempt before is gone
-        return _Session(args).call(lambda: run_pipeline(commands, args.db, worker_fn=shell.run, **options))
+        return _Session(args).call(
+            lambda: run_pipeline(commands, args.db, worker_fn=shell.run, retry_delay=delay)
+        )
 
 
 def _cmd_status(args: Any) -> int:
