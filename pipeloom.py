@@ -4913,6 +4913,7 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
             return int(args.command(args))
         except PipeloomError as error:
             _say(f"pipeloom: {error}")
+            logger.debug("where that came from:", exc_info=True)
             return 75 if isinstance(error, RunInProgress) else 2
         except KeyboardInterrupt:
             return 130
@@ -5166,9 +5167,9 @@ def _load_target(target: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        logger.debug("importing %r failed", place, exc_info=True)
-        why = _describe(error)
-        raise UsageError(f"{what} cannot be imported: {why}; -vv shows the traceback") from error
+        raise UsageError(
+            f"{what} cannot be imported: {_describe(error)}; -vv shows the traceback"
+        ) from error
     finally:
         _Session.importing = False
     pipelines = [value for value in vars(found).values() if isinstance(value, Pipeline)]

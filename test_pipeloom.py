@@ -3322,6 +3322,12 @@ def test_the_exit_code_of_the_command_line_names_the_signal(homes):
     at_once(one, [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,)])
 
 
+def test_with_vv_a_target_that_cannot_be_imported_shows_its_traceback(home):
+    (home / "bad.py").write_text("def broken(): 1 / 0\nbroken()")
+    done = python("-m", "pipeloom", "run", "bad.py", "-vv", cwd=home, code=2)
+    assert "-vv shows the traceback" in done.stderr and "in broken\n" in done.stderr
+
+
 MANY_FAILURES = """import pipeloom
 pipe = pipeloom.Pipeline("m.db", workers=1)
 @pipe.task(each=range(1203))
