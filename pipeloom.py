@@ -4608,8 +4608,7 @@ def _commands(template: str | None, items: Iterable[str]) -> Iterator[_Command]:
     if "{}" not in parts:
         parts += [" ", "{}"]
     for item in items:
-        word = quote(item) if os.name == "posix" else list2cmdline([item])
-        holes = {"{}": word, "{{}}": "{}"}
+        holes = {"{}": quote(item) if os.name == "posix" else list2cmdline([item]), "{{}}": "{}"}
         text = item if template is None else "".join(holes.get(part, part) for part in parts)
         yield _Command(text, item)
 
@@ -4921,10 +4920,9 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
 
 def _end_program(command: Callable[[], int]) -> NoReturn:
     """End the program with the code of a command."""
-    code: Any = 0
     before = threading.enumerate()
     try:
-        code = command()
+        code: Any = command()
     except SystemExit as error:
         code = error.code
     if all(not isinstance(thread, _TaskThread) or thread in before for thread in threading.enumerate()):
@@ -4959,12 +4957,11 @@ def _print(text: str) -> None:
 
 
 def _setup_logging_of(args: Any) -> None:
-    log_file = getattr(args, "log_file", None)
     try:
-        setup_logging(getattr(args, "verbose", 0), log_file)
+        setup_logging(getattr(args, "verbose", 0), getattr(args, "log_file", None))
     except OSError as error:
         raise UsageError(
-            f"--log-file {log_file!r} cannot be written"
+            f"--log-file {args.log_file!r} cannot be written"
             f": {error.strerror}; name another"
         ) from error
 
@@ -5177,10 +5174,13 @@ def _load_target(target: str) -> Any:
         if len(pipelines) > 1:
             raise UsageError(f"{what} has {len(pipelines)} pipelines; name one, as {place}:name")
         return pipelines[0]
-    for part in (name or "main").split("."):
-        if not hasattr(found, part):
-            raise UsageError(f"{what}: {place!r} has no {part!r}; name a function of it, as {place}:name")
-        found = getattr(found, part)
+    name = name or "main"
+    try:
+        found = attrgetter(name)(found)
+    except AttributeError:
+        raise UsageError(
+            f"{what}: {place!r} has no {name!r}; name a function of it, as {place}:name"
+        ) from None
     if not callable(found) and not isinstance(found, Pipeline):
         raise UsageError(f"{what} is {found!r}, which cannot be called; pass a function or a Pipeline")
     return found
@@ -5197,8 +5197,7 @@ def _import_target(place: str) -> Any:
     name = os.path.basename(place)[:-3]
     if name in sys.modules:
         name = f"{name} of pipeloom run"
-    spec = spec_from_file_location(name, place)
-    assert spec is not None and spec.loader is not None  # it ends in .py
+    spec: Any = spec_from_file_location(name, place)
     module = sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
