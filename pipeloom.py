@@ -5478,9 +5478,9 @@ def _cmd_init_db(args: Any) -> int:
 
 # ---- The other names by which this file is known -------------------------------------------------------
 
-_MODULES = ("messages", "engine", "writer", "progress", "db", "rlog", "demo", "cli")  # of the original
-for _module in _MODULES:
+for _module in ("messages", "engine", "writer", "progress", "db", "rlog", "demo", "cli"):  # of the original
     sys.modules.setdefault(f"{__name__}.{_module}", sys.modules[__name__])
+    globals()[_module] = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
@@ -5490,6 +5490,4 @@ def __getattr__(name: str) -> Any:
         from typing import Union
 
         return Union[MsgTaskStarted, MsgTaskProgress, MsgTaskFinished, MsgExecute]
-    if name in _MODULES:
-        return sys.modules[__name__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
