@@ -5246,7 +5246,7 @@ class _Session:
             raise UsageError("--processes N runs N tasks at once; omit -w")
         if number and not (getattr(main, "__spec__", None) or os.path.isfile(getattr(main, "__file__", ""))):
             raise UsageError("--processes: other processes cannot import this program; put it into a file")
-        with _processes(number) if number else nullcontext() as pool:
+        with _processes() if number else nullcontext() as pool:
             if number:
                 options = {**options, "workers": number, "executor": pool}
             run = _Run(after, path, {**options, **self.options})
@@ -5275,14 +5275,14 @@ class _Session:
 
 
 @contextmanager
-def _processes(number: int) -> Iterator[Executor]:
-    """An executor for so many tasks at once. Its processes end with the block: one whose task hangs, too."""
+def _processes() -> Iterator[Executor]:
+    """An executor, with a process for each task. These end with the block: one whose task hangs, too."""
     import multiprocessing
 
     pools: list[Any] = []
     before = multiprocessing.active_children()
     try:
-        yield _new_processes(number, pools)
+        yield _new_processes(pools)
     finally:
         ends = [threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True) for pool in pools]
         for end in ends:
@@ -5295,7 +5295,7 @@ def _processes(number: int) -> Iterator[Executor]:
                 child.kill()  # and wait again, as else the pools complain at the interpreter's exit
 
 
-def _new_processes(number: int, pools: list[Any]) -> Executor:
+def _new_processes(pools: list[Any]) -> Executor:
     import multiprocessing
     from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
@@ -5325,17 +5325,16 @@ def _new_processes(number: int, pools: list[Any]) -> Executor:
             future.cancel = lambda: cancel() or self._kill(taken)  # type: ignore[method-assign]
             return future
 
-        def _give_back(self, taken: list[Any], future: Any) -> None:
-            if future.cancelled() or not isinstance(future.exception(), BrokenExecutor):
-                with suppress(IndexError):
-                    free.append(taken.pop())
+        def _give_back(self, taken: list[Any], _: Any) -> None:
+            with suppress(IndexError):  # it was killed; one that died by itself is found out by who takes it
+                free.append(taken.pop())
 
         def _kill(self, taken: list[Any]) -> bool:
             with suppress(IndexError, AttributeError):  # it may have died at its start
                 taken.pop()[1].kill()
             return True
 
-    return Processes(number, spawn)
+    return Processes(1, spawn)
 
 
 def _mask_of_signals(how: str, signals: Any) -> Any:

@@ -5731,7 +5731,7 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
 
 @needs_posix
 def test_a_process_that_died_while_idle_is_replaced_and_a_late_deadline_kills_none():
-    with pipeloom._processes(1) as executor:
+    with pipeloom._processes() as executor:
         future = executor.submit(os.getpid)
         pid = future.result(WAIT)
         future.cancel()  # its deadline, which comes when it has ended
