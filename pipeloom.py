@@ -4619,11 +4619,9 @@ def _stdin_items(end: bytes) -> Iterator[str]:
         _say("pipeloom: reading from the terminal, one item a line; end with Ctrl-D")
     stdin: Any = sys.stdin.buffer
     rest = b""
-    for block in iter(partial(stdin.read1, BLOCK), b""):
+    for block in chain(iter(partial(stdin.read1, BLOCK), b""), [end]):  # the last item may lack its end
         *items, rest = (rest + block).split(end)
         yield from map(os.fsdecode, filter(None, items))
-    if rest:
-        yield os.fsdecode(rest)
 
 
 class _Shell:
@@ -4694,9 +4692,11 @@ class _Shell:
     def _wait(self, command: _Command, ctx: _Attempt, out: Any, err: Any) -> int:
         from subprocess import Popen
 
-        options: Any = {"shell": True, "start_new_session": True, "close_fds": False}  # which saves a tenth
-        text = HERALD + command.name if os.name == "posix" else command.name
-        with Popen(text, stdin=self._keeper.stdin, stdout=out, stderr=err, **options) as process:
+        with Popen(
+            HERALD + command.name if os.name == "posix" else command.name,
+            stdin=self._keeper.stdin, stdout=out, stderr=err, shell=True, start_new_session=True,
+            close_fds=False,  # which saves a tenth
+        ) as process:  # fmt: skip
             if os.name != "posix":
                 self._tell("begun", process.pid)
             ctx.on_cancel = partial(self._tell, "cut", process.pid)
@@ -5360,13 +5360,13 @@ def _this_program() -> list[str]:
     from shutil import which
 
     program, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
-    python = os.path.basename(sys.executable)
-    command = [python if which(python) == sys.executable else sys.executable, program]
+    name = os.path.basename(sys.executable)
+    python = name if which(name) == sys.executable else sys.executable
     if spec is not None and spec.name != "__main__":
-        command[1:] = ["-m", spec.name]
-    elif os.access(program, os.X_OK) and not program.endswith(".py") and not os.path.isdir(program):
-        del command[0]  # a script that finds its Python by itself
-    return command
+        return [python, "-m", spec.name]
+    if os.access(program, os.X_OK) and not program.endswith(".py") and not os.path.isdir(program):
+        return [program]  # a script that finds its Python by itself
+    return [python, program]
 
 
 def _command_to_resume(given: list[str]) -> str:
