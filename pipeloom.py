@@ -4299,18 +4299,15 @@ class Pipeline:
         for declared in self._declared.values():
             for what in declared.after:
                 if not (isinstance(what, str) or callable(what)) or what not in meant:
-                    raise self._unknown(declared, what)
+                    shown = what if isinstance(what, str) else getattr(what, "__name__", what)
+                    known = ", ".join(list(self._declared)[:10]) + " and more" * (len(self._declared) > 10)
+                    raise UsageError(
+                        f"after={shown!r} of task {declared.name!r}: expected a task of this pipeline, which"
+                        f" has {known}; declare it, or correct the name"
+                    )
             after[declared] = list(dict.fromkeys(named for what in declared.after for named in meant[what]))
         _check_cycles(after)
         return after
-
-    def _unknown(self, declared: _Declared, what: Any) -> UsageError:
-        shown = what if isinstance(what, str) else getattr(what, "__name__", what)
-        known = ", ".join(list(self._declared)[:10]) + " and more" * (len(self._declared) > 10)
-        return UsageError(
-            f"after={shown!r} of task {declared.name!r}: expected a task of this pipeline, which has {known};"
-            " declare it, or correct the name"
-        )
 
 
 def _is_again(old: Any, new: Any) -> bool:
@@ -4339,9 +4336,8 @@ def _declared(function: Any, each: Any, name: Any) -> _Declared:
             ": expected an iterable, or a function that makes one"
         )
     _check_function(f"the function of task {own!r}", function, *["ctx", "item"][: 1 + (each is not None)])
-    if each is None:
-        return _Declared(_text(own), function, _call_alone, (None,))
-    return _Declared(_text(own), function, _call_with_item, each, name if callable(name) else None)
+    call, source = (_call_alone, (None,)) if each is None else (_call_with_item, each)
+    return _Declared(_text(own), function, call, source, name if callable(name) else None)
 
 
 def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]:
@@ -5409,10 +5405,9 @@ def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -
 
 def _summary(path: str, result: RunResult) -> str:
     lines = [f"{_in_words(result)} in {result.elapsed:.1f} s; database {path}"]
-    if result.error:
-        plural = "s" if len(result.causes) != 1 else ""
-        lines.append(f"{result.error:,} failed, {len(result.causes):,} cause{plural}:")
     causes = sorted(result.causes.items(), key=lambda item: -item[1])
+    if causes:
+        lines.append(f"{result.error:,} failed, {len(causes):,} cause{'s' * (len(causes) != 1)}:")
     for cause, number in causes[:10]:
         failure = next(failure for failure in result.failures if failure.cause == cause)
         name, message = _clean(failure.task), _cut(failure.message, 300)
