@@ -4421,8 +4421,10 @@ def read_status(
                 path, "was left half-written by a killed run", "start the next run, which rolls that back"
             ) from error
         if "no such table" in str(error) and _RunLock.is_held(path):  # a run is about to make it
-            empty: dict[str, Any] = {key: [] for key in ("tasks", *KINDS.values())}
-            return {"database": path, "counts": {}, "run": None, "run_counts": {}, **empty}
+            return {
+                "database": path, "counts": {}, "run": None, "run_counts": {},
+                **{key: [] for key in ("tasks", *KINDS.values())},
+            }  # fmt: skip
         raise DatabaseError(
             path, f"has no task status: {error}", "pass a database that pipeloom has written"
         ) from error
@@ -5243,9 +5245,8 @@ class _Session:
         if number and not (getattr(main, "__spec__", None) or os.path.isfile(getattr(main, "__file__", ""))):
             raise UsageError("--processes: other processes cannot import this program; put it into a file")
         with _processes() if number else nullcontext() as pool:
-            if number:
-                options = {**options, "workers": number, "executor": pool}
-            run = _Run(after, path, {**options, **self.options})
+            of_processes = {"workers": number, "executor": pool} if number else {}
+            run = _Run(after, path, {**options, **of_processes, **self.options})
             if getattr(self.args, "dry_run", False):
                 _check_stages(run.graph.stages, path, run.options["redo"])
                 for name in _planned(run, after, path):
