@@ -170,8 +170,11 @@ class _OfDatabase(PipeloomError):
     says = "database {!r} {}; {}"
 
     def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(self.says.format(path, what, cure))
+        super().__init__(path, what, cure)  # as they are: from another process it comes pickled
         self.path = path
+
+    def __str__(self) -> str:
+        return self.says.format(*self.args)
 
 
 class DatabaseError(_OfDatabase, UsageError):
@@ -196,13 +199,16 @@ class PipelineError(PipeloomError):
     """Tasks failed. Everything else has finished and is stored; `result` is the RunResult."""
 
     def __init__(self, result: RunResult) -> None:
-        first = result.failures[0]
-        more = f" (and {result.error - 1:,} more)" if result.error > 1 else ""
-        super().__init__(
-            f"{result.error:,} of {result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
+        super().__init__(result)
+        self.result = result
+
+    def __str__(self) -> str:
+        failed, first = self.result.error, self.result.failures[0]
+        more = f" (and {failed - 1:,} more)" if failed > 1 else ""
+        return (
+            f"{failed:,} of {self.result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
             "fix the cause and run again; resume=True skips the tasks that are done"
         )
-        self.result = result
 
 
 class TaskCancelled(BaseException):
@@ -1368,7 +1374,7 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
         if _trouble(error):
             raise
         if joins:  # a statement that fails undoes all its rows: which of them is it?
-            left = iter(rows[start:])
+            left = iter(rows[start:] if conn.in_transaction else rows)  # else nobody can tell
             with suppress(Exception):
                 conn.executemany(m.sql, left)
         error.row = _row_in_words(m.sql, rows, len(rows) - length_hint(left))  # type: ignore[attr-defined]
@@ -3062,9 +3068,10 @@ class _Roster:
     def __init__(self, run: _Run) -> None:
         self._run, self._store = run, run.writer.store
         self._resume = run.options["resume"]
-        self._own = {id for stage in run.graph.stages for id in stage.declared.ids}  # that tasks come with
+        known = (stage.declared.ids.items() for stage in run.graph.stages)
+        self._ids = dict(chain.from_iterable(known))  # that tasks of this run have, with their names
         self.old = run.writer.status.last_id  # the highest id of earlier runs
-        self._next_id = max(1, self.old + 1, max(self._own, default=0) + 1)
+        self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         if self.old == NEVER:  # there is nothing to be read
@@ -3088,7 +3095,7 @@ class _Roster:
             if not found:
                 break
             id, status, run_id = found[0]
-            if id not in self._own and self._take(id):
+            if self._ids.get(id) != name and self._take(id):
                 return id, run_id if self._resume and status == DONE else None
             self._twins[name] = id
         self._next_id += 1
@@ -3255,11 +3262,10 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
 
     Returns the messages that it sent, its result, and in words what it raised: not each exception travels.
     """
-    pid = os.getpid()
+    pid, ctx = os.getpid(), TaskContext(*made_of)
     try:
         with suppress(ValueError):  # it is no main thread, which alone may do so
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the run, which lets this task finish
-        ctx = TaskContext(*made_of)
         ctx.enter()
         try:
             value = call(function, ctx)
@@ -3268,9 +3274,11 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
                 _end_child()
         ctx.flush()
         return ctx.held, _result_text(value), None
-    except TaskCancelled as stop:
-        return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(stop))], None, None
     except BaseException as error:
+        if ctx.closed:  # by its own word, which counts
+            return ctx.held, None, _told(error)
+        if isinstance(error, TaskCancelled):
+            return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(error))], None, None
         return [], None, _told(error)
 
 
@@ -3379,10 +3387,10 @@ class _Worker(_TaskThread):
             raise _ToldError(told, None, told) from None
         done = _awaited(ctx, future)
         messages, value, told = loads(done) if packs else done
-        if told is not None:
-            raise _ToldError(*told)
         for message in messages:
             ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
+        if told is not None:
+            raise _ToldError(*told)
         return value
 
     def _call_in_time(self, ctx: _Attempt) -> object:
@@ -3398,7 +3406,8 @@ class _Worker(_TaskThread):
         if ctx.closed:
             level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
             told = "task %r raised an exception after it had finished, which is ignored: %s"
-            ctx.tell(level, told, ctx.name, _describe(error))
+            what = str(error) if isinstance(error, _ToldError) else _describe(error)
+            ctx.tell(level, told, ctx.name, what)
             return
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
@@ -4140,7 +4149,7 @@ def _check_function(what: str, function: Any, /, *arguments: str, **named: Any) 
     """Find out before anything is started that a function can be called so."""
     if isgeneratorfunction(function) or isasyncgenfunction(function):
         raise UsageTypeError(
-            f"{what} is a generator function, so its body would never run; replace yield with ctx.progress()"
+            f"{what} is a generator function, so its body would never run; replace yield with return"
         )
     try:
         signature(function).bind(*arguments, **named)
@@ -4271,7 +4280,7 @@ class Pipeline:
             raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in pipe.run('jobs.db')")
         options = {**self._options, **options}
         options["handlers"] = {**(options.get("handlers") or {}), **self._handlers}
-        return _run(self._graph(), os.fsdecode(db_path or self.db_path), options)
+        return _run(self._graph(), os.fsdecode(self.db_path if db_path is None else db_path), options)
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
@@ -5126,7 +5135,7 @@ def _cmd_run(args: Any) -> int:
     finally:
         _setup_logging_of(args)  # after the program's own, which may configure it
     if not isinstance(function, Pipeline):
-        _check_function(f"--arg: {args.target}", function, **arguments)
+        _check_function(args.target, function, **arguments)
         return _Session(args).call(partial(function, **arguments))
     if arguments:
         raise UsageError(

@@ -17,6 +17,7 @@ rooms only, and to two helpers: Clock (the timer of a run) and impatient (the se
 
 import _thread
 import ast
+import copy
 import dataclasses
 import faulthandler
 import gc
@@ -40,7 +41,7 @@ import time
 import zipfile
 from collections import deque
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
@@ -336,7 +337,9 @@ def run_alone(db, *messages, kind=SQLiteWriter, limit=0, **options):
 
 
 def declare_one(function=lambda *arguments: None, **options):
-    Pipeline("x.db").task(function, **{"name": "a", **options})
+    pipe = Pipeline("x.db")
+    pipe.task(function, **{"name": "a", **options})
+    return pipe
 
 
 def run_graph(*tasks):
@@ -1024,8 +1027,10 @@ def test_an_attempt_that_failed_leaves_nothing_and_the_next_starts_clean(db):
     ]
 
 
-def test_the_first_finish_counts_and_what_comes_after_it_is_dropped_or_refused(db, caplog):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_first_finish_counts_and_what_comes_after_it_is_dropped_or_refused(db, caplog, elsewhere):
     def work(task, ctx):
+        ctx.put(User("early", "x"))
         ctx.put(MsgTaskFinished(1, "done", "t1", result="first"))
         ctx.put(MsgTaskFinished(1, "error", "t2", result="second"))
         ctx.put(MsgTaskProgress(1, 1, 5))
@@ -1035,9 +1040,10 @@ def test_the_first_finish_counts_and_what_comes_after_it_is_dropped_or_refused(d
             ctx.execute("INSERT INTO users VALUES (1, 2)")
         raise RuntimeError("after all")
 
-    run([Task(1, "one")], db, work, schema=USERS, handlers={User: insert_user})
+    with ThreadPoolExecutor(1) if elsewhere else nullcontext() as executor:
+        run([Task(1, "one")], db, work, schema=USERS, handlers={User: insert_user}, executor=executor)
     assert rows(db, "SELECT status, result, progress FROM task_runs") == [("done", "first", 1.0)]
-    assert rows(db, "SELECT * FROM users") == []
+    assert rows(db, "SELECT * FROM users") == [("early", "x")]
     assert "raised an exception after it had finished, which is ignored: RuntimeError: after all" in caplog.text
 
 
@@ -3210,6 +3216,7 @@ WRONG_USE = [
     ],
     # what Pipeline and its decorators are given
     (lambda: Pipeline(3), TypeError, "db_path=3: expected a path, as in Pipeline('jobs.db')"),
+    (lambda: declare_one().run(""), ValueError, "database '' is not a valid file name; pass the path of a file"),
     (lambda: Pipeline("x.db", speed=1), TypeError, "Pipeline has no option speed; it has workers, wal, "),
     (lambda: declare_one(workers=3), TypeError, "a task has no option workers; it has retries, retry_delay, timeout, atomic, executor"),
     (lambda: declare_one(executor=3), TypeError, "executor=3: expected a concurrent.futures.Executor"),
@@ -3280,8 +3287,8 @@ BAD_COMMANDS = [
     (["run", "json"], "target 'json': expected package.module:name, file.py:name or file.py"),
     (["run", "math:pi"], "target 'math:pi' is 3.14..., which cannot be called; pass a function"),
     (["run", "json:dumps", "--arg", "novalue"], "--arg 'novalue': expected KEY=VALUE, as in --arg folder=incoming"),
-    (["run", "json:dumps", "--arg", "what=1"], "--arg: json:dumps cannot be called with (what): missing a required argument: 'obj'"),
-    (["run", "ast:walk"], "--arg: ast:walk is a generator function, so its body would never run"),
+    (["run", "json:dumps", "--arg", "what=1"], "json:dumps cannot be called with (what): missing a required argument: 'obj'"),
+    (["run", "ast:walk"], "ast:walk is a generator function, so its body would never run"),
     (["run", "bad.py"], "target 'bad.py' cannot be imported: SyntaxError: "),
     (["run", "two.py"], "target 'two.py' has 2 pipelines; name one, as two.py:name"),
     (["run", "now.py"], "pipe.main() was called while the file was being imported; put it under `if __name__ == '__main__':`"),
@@ -3429,6 +3436,18 @@ def test_every_public_name_is_there_and_documented():
         value = getattr(pipeloom, name)
         if name != "Msg" and (isinstance(value, type) or callable(value)):
             assert value.__doc__, name
+
+
+@pytest.mark.parametrize("copy", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy])
+def test_errors_travel_between_processes(copy):
+    """One that cannot be made again from what was pickled would break a pool of the user's."""
+    failure = pipeloom.Failure("load[b]", "ValueError: no")
+    result = pipeloom.RunResult(1, 2, 1, 0, 0, 0.5, [failure], {}, "x.db")
+    errors = [getattr(pipeloom, name)("x.db", "a", "b") for name in ("DatabaseError", "WriterFailed", "RunInProgress")]
+    for error in (*errors, pipeloom.PipelineError(result), pipeloom.UsageError("no")):
+        again = copy(error)
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+    assert str(errors[0]) == "database 'x.db' a; b"
 
 
 def test_code_written_for_the_original_imports_unchanged():
@@ -4304,6 +4323,7 @@ def test_a_subclass_that_overrides_handle_sees_every_message(db):
 
 BAD_STATEMENTS = {  # of load(): what its error says; {line} is that of load()
     "many rows": "NOT NULL constraint failed: t.b; row 1,701 of 3,000 is (1700, None), in 'INSERT INTO t VALUES (?, ?)'",
+    "rolled back": "NOT NULL constraint failed: t.b; in 'INSERT OR ROLLBACK INTO t VALUES (?, ?)'",
     "updates": "NOT NULL constraint failed: t.b; row 8 of 10 is (None, -5), in 'UPDATE t SET b = ? WHERE a = ?'",
     "one row": "no such table: nowhere; the row is (1,), in 'INSERT INTO nowhere VALUES (?)'",
     "upsert": "NOT NULL constraint failed: t.b; the row is (1, None), in",
@@ -4316,6 +4336,8 @@ BAD_STATEMENTS = {  # of load(): what its error says; {line} is that of load()
 def load(kind, ctx):
     if kind == "many rows":
         ctx.executemany("INSERT INTO t VALUES (?, ?)", [(n, None if n == 1700 else n) for n in range(3000)])
+    if kind == "rolled back":  # and so nobody can tell which row it was
+        ctx.executemany("INSERT OR ROLLBACK INTO t VALUES (?, ?)", [(n, None if n == 12_500 else n) for n in range(10_000, 13_000)])
     for n in range(10 if kind == "updates" else 0):
         ctx.execute("UPDATE t SET b = ? WHERE a = ?", (None if n == 7 else n, -5))
     if kind == "one row":
@@ -6840,7 +6862,7 @@ def test_the_roster_gives_each_task_an_id_of_its_own_and_names_their_old_ones(
     old_database, tasks, resume, known
 ):
     """Against a dictionary of what an earlier run has stored, and a set of the ids that were given out. Where
-    they are known before, as in a list, an old row whose id a task has is not another's."""
+    they are known before, as in a list, an old row whose id and name a task has is not another's."""
     highest = max([own for own, _ in tasks if own is not None], default=0)
     ids = {own: name for own, name in tasks if own is not None} if known else {highest: ""}
     run = SimpleNamespace(
@@ -6861,7 +6883,7 @@ def test_the_roster_gives_each_task_an_id_of_its_own_and_names_their_old_ones(
                     roster.find(own, name)
                 continue
             id, done_in = roster.find(own, name)
-            free = [old for old in OLD_ROWS if OLD_ROWS[old][0] == name and old not in {*ids, *taken}]
+            free = [old for old in OLD_ROWS if OLD_ROWS[old][0] == name != ids.get(old) and old not in taken]
             if own is None and not free:
                 new += 1
             assert id == (own if own is not None else free[0] if free else new)
