@@ -6487,7 +6487,7 @@ def test_sh_says_why_a_command_failed_and_keeps_the_end_of_its_output(home):
     assert found[4][1] == "x" * (2**16 - 4) + "end"
     assert out.endswith("end\n") and len(out) == 70_010
     assert "oh\nno\n" in err and "4 failed, 4 causes" in err and "  exit 4: exit 4\n" in err
-    out, err = sh(home, "echo said; exit 1", *range(20), code=1)
+    out, err = sh(home, "echo said; echo {} >&2; exit 1", *range(20), code=1)
     assert out == "said\n" * 20 and "20 failed, 1 cause" in err
     assert "the same command with --resume" in sh(home, "false", *range(300), code=1)[1].splitlines()[-1]
 
