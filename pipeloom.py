@@ -1587,18 +1587,23 @@ class _Display:
         if not self._is_over:
             self._messages.append(("stop", result))
         if result is not None and not self._is_over:
-            event = "" if self._board is None and _Session.current is None else "summary"
-            text = "run %s: %s in %.1f s"
-            self.tell(logging.INFO, text, result.run_id, _in_words(result), result.elapsed, event=event)
+            self.tell(
+                logging.INFO, "run %s: %s in %.1f s", result.run_id, _in_words(result), result.elapsed,
+                event="" if self._board is None and _Session.current is None else "summary",
+            )  # fmt: skip
         self._is_over = True
         self._wake.ring()
         self._pause.ring()
         self._thread.join(self.PATIENCE)
-        if self._thread.is_alive() and self._calls_user:
-            told = "the progress display did not stop within %g s and was abandoned"
-            self.tell(logging.WARNING, told, self.PATIENCE)
-        if not self._thread.is_alive() or self._calls_user:
-            self._log()
+        if self._thread.is_alive():
+            if not self._calls_user:
+                return
+            self.tell(
+                logging.WARNING,
+                "the progress display did not stop within %g s and was abandoned",
+                self.PATIENCE,
+            )
+        self._log()
 
     # The display thread
 
@@ -1638,8 +1643,9 @@ class _Display:
             while self._records and (_Screen.current is not None or _takes(sys.stderr)):
                 level, event, text, args = self._records.popleft()
                 if logger.isEnabledFor(level):
-                    more = {"event": event}
-                    record = logger.makeRecord(logger.name, level, __file__, 0, text, args, None, extra=more)
+                    record = logger.makeRecord(
+                        logger.name, level, __file__, 0, text, args, None, extra={"event": event}
+                    )
                     (logger if logger.hasHandlers() else _log_handler()).handle(record)
 
     def _switch_off(self, why: str) -> None:
@@ -2566,8 +2572,12 @@ class TaskContext:
     def _count(self, rows: int) -> None:
         before, self._held_rows = self._held_rows, self._held_rows + rows
         if before < MANY_ROWS <= before + rows:
-            told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
-            self.tell(logging.WARNING, told, self.name, before + rows)
+            self.tell(
+                logging.WARNING,
+                "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
+                self.name,
+                before + rows,
+            )
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         logger.log(level, told, *arguments)
