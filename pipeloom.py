@@ -1869,18 +1869,18 @@ def _head(text: str, width: int) -> str:
     return "".join(char for char, end in zip(text, ends) if end <= width)
 
 
-def _cut(text: str, width: int) -> str:
-    """One line of at most `width` cells."""
-    return _head(_clean(text), width).rstrip()
-
-
-def _fit(text: str, width: int, dots: str = "", part: float = 0.5) -> str:
-    """A line of exactly `width` cells; `dots` stand for the middle of a long one; `part` of it is its end."""
+def _cut(text: str, width: int, dots: str = "", part: float = 0.5) -> str:
+    """A line of at most `width` cells; `dots` stand for the middle of a long one; `part` of it is its end."""
     text = _clean(text)
     if dots and _width(text) > width > 2 * len(dots):
         tail = _head(text[::-1], int((width - len(dots)) * part))[::-1]
         text = _head(text, width - len(dots) - _width(tail)) + dots + tail
-    text = _head(text, width)
+    return _head(text, width).rstrip()
+
+
+def _fit(text: str, width: int, dots: str = "") -> str:
+    """The same, filled up with spaces."""
+    text = _cut(text, width, dots)
     return text + " " * (width - _width(text))
 
 
@@ -2338,12 +2338,9 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
             return text
         style, (name, message, where) = _Style(self.stream), map(str, record.args or ())
         head = text[: text.rindex(f"{name} failed: ")]
-        over = _width(text) - _terminal_size(self.stream)[0] + 1
-        if over > 0:  # the name gives way first, then the message
-            shorter = _fit(name, max(_width(name) - over, min(_width(name), 18)), style.dots)
-            over -= _width(name) - _width(shorter)
-            name, left = shorter, max(_width(message) - over, 24)
-            message = message if left >= _width(message) else _fit(message, left, style.dots, part=0.0)
+        room = _terminal_size(self.stream)[0] - 1 - _width(text) + _width(name) + _width(message)
+        name = _cut(name, max(room - _width(message), 18), style.dots)  # which gives way first
+        message = _cut(message, max(room - _width(name), 24), style.dots, part=0.0)
         return style.paint("31", f"{head}{name} failed: {message}{where}")
 
 
@@ -4545,8 +4542,7 @@ def _report(status: dict[str, Any], failed: bool, width: int, height: int) -> li
 
 def _line(text: str, width: int) -> str:
     """One line for a window of that width, 0 for the whole; dots stand for the end that does not fit."""
-    text = _clean(text).rstrip()
-    return _fit(text, width - 1, _Style(sys.stdout).dots, part=0.0) if 0 < width <= _width(text) else text
+    return _cut(text, width - 1 if width else sys.maxsize, _Style(sys.stdout).dots, part=0.0)
 
 
 def _section(status: dict[str, Any], kind: str, room: int, width: int) -> Iterator[str]:
