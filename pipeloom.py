@@ -2222,17 +2222,16 @@ class _AnsiProgress:
         self.tasks[id] = _Bar(_without_markup(description), total, completed)
         return id
 
-    def update(self, task_id: int, *, advance: float = 0, **changes: Any) -> None:
-        """Change a bar's total, completed or description; one that was removed is let be."""
-        given = {name: value for name, value in changes.items() if value is not None}
+    def update(
+        self, task_id: int, *, total: float | None = None, completed: float | None = None,
+        advance: float = 0, description: str | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Change a bar; None leaves as it is, and one that was removed is let be."""
+        bar = self.tasks.get(task_id, _Bar(""))
         with self._lock:
-            bar = self.tasks.get(task_id)
-            if bar is None:
-                return
-            bar.total = given.get("total", bar.total)
-            bar.completed = given.get("completed", bar.completed) + advance
-            if "description" in given:
-                bar.name = _without_markup(given["description"])
+            bar.total = bar.total if total is None else total
+            bar.completed = (bar.completed if completed is None else completed) + advance
+            bar.name = bar.name if description is None else _without_markup(description)
 
     def advance(self, task_id: int, advance: float = 1) -> None:
         self.update(task_id, advance=advance)
