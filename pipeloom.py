@@ -1924,9 +1924,8 @@ def _rich_bar(halves: int, width: int) -> str:
 
 
 def _made_by_rich(what: Any, width: int) -> list[str]:
-    console = _rich_console()
-    with console.capture() as capture:
-        console.print(what, width=width)
+    with _rich_console().capture() as capture:
+        _rich_console().print(what, width=width)
     return str(capture.get()).rstrip("\n").split("\n")
 
 
@@ -2210,9 +2209,10 @@ class _AnsiProgress:
     call it; its lock guards a bar's change, as two may advance it.
     """
 
-    def __init__(self, transient: bool = False) -> None:
+    transient = False  # its bars clear at the end
+
+    def __init__(self) -> None:
         self.tasks: dict[int, _Bar] = {}
-        self.transient = transient
         self._ids = count()
         self._lock = threading.Lock()
 
@@ -2272,23 +2272,13 @@ def _without_markup(text: str) -> str:
 
 def make_overall_progress() -> Any:
     """A progress manager whose bars stay: Rich's Progress, or one like it where Rich is missing."""
-    return _make_progress(transient=False)
+    if _rich_console() is None:
+        return _AnsiProgress()
 
-
-def make_task_progress() -> Any:
-    """A progress manager whose bars clear at the end; see make_overall_progress()."""
-    return _make_progress(transient=True)
-
-
-def _make_progress(transient: bool) -> Any:
-    console = _rich_console()
-    if console is None:
-        return _AnsiProgress(transient)
-    RichProgress: Any = import_module("rich.progress").Progress
-
-    class OnScreen(RichProgress):  # type: ignore[misc]
+    class OnScreen(import_module("rich.progress").Progress):  # type: ignore[misc]
         """Rich's Progress, drawn by our screen and not by a Live of its own."""
 
+        transient = False
         start, stop, refresh, kept = map(
             partial(getattr, _AnsiProgress), ("start", "stop", "refresh", "kept")
         )
@@ -2296,8 +2286,13 @@ def _make_progress(transient: bool) -> Any:
         def lines(self, width: int, room: int) -> list[str]:
             return _made_by_rich(self.get_renderable(), max(width - 1, 1))[:room]
 
-    progress: Any = OnScreen(console=console)
-    progress.transient = transient
+    return OnScreen(console=_rich_console())
+
+
+def make_task_progress() -> Any:
+    """A progress manager whose bars clear at the end; see make_overall_progress()."""
+    progress = make_overall_progress()
+    progress.transient = True
     return progress
 
 
