@@ -2170,26 +2170,24 @@ class _PlainConsole:
 
 
 def _display_of(progress: Any) -> Progress:
-    """The display that `progress=` asks for."""
-    if progress == "auto":
-        progress = _best_display()
-    if progress == "rich" and _rich_console() is None:
-        raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
-    kinds: dict[str, Callable[[], Progress]] = {
-        "rich": lambda: _TerminalBars(_Style(sys.stderr, rich=True)),
-        "ansi": lambda: _TerminalBars(_Style(sys.stderr)),
-        "log": _LogLines,
-        "none": Progress,
+    if not isinstance(progress, str):
+        for name in ("start", "update", "stop"):
+            if not callable(getattr(progress, name, None)):
+                raise UsageTypeError(f"progress={progress!r} has no method {name}(); see pipeloom.Progress")
+        return progress  # type: ignore[no-any-return]
+    displays = {
+        "rich": _TerminalBars(_Style(sys.stderr, rich=True)),
+        "ansi": _TerminalBars(_Style(sys.stderr)),
+        "log": _LogLines(),
+        "none": Progress(),
     }
-    if isinstance(progress, str):
-        if progress not in kinds:
-            known = ", ".join(kinds)
-            raise UsageError(f"progress={progress!r} is unknown: expected auto, {known} or an object")
-        return kinds[progress]() if sys.stderr is not None else Progress()
-    missing = [name for name in ("start", "update", "stop") if not callable(getattr(progress, name, None))]
-    if missing:
-        raise UsageTypeError(f"progress={progress!r} has no method {missing[0]}(); see pipeloom.Progress")
-    return progress  # type: ignore[no-any-return]
+    kind = _best_display() if progress == "auto" else progress
+    if kind not in displays:
+        known = ", ".join(displays)
+        raise UsageError(f"progress={progress!r} is unknown: expected auto, {known} or an object")
+    if kind == "rich" and _rich_console() is None:
+        raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
+    return displays[kind if sys.stderr is not None else "none"]
 
 
 def _best_display() -> str:
