@@ -2496,7 +2496,10 @@ class TaskContext:
         keys = [key] if isinstance(key, str) else list(key)
         columns: list[str] = []
         sql = ""
-        for row in _mappings(table, rows):
+        if isinstance(rows, Mapping) or hasattr(rows, "to_dict"):
+            expected = "expected a list of mappings, as in [row] or df.to_dict('records')"
+            raise MessageRefused(f"upsert into {table!r}: rows is one {type(rows).__name__}; {expected}")
+        for row in rows:
             if list(row) != columns or not columns:
                 columns, sql = list(row), _upsert_sql(table, list(row), keys)
             self.execute(sql, tuple(row.values()))
@@ -2601,14 +2604,6 @@ class TaskContext:
 
 def _rows_in(sent: _Sent | _Statement) -> int:
     return len(sent.params) if type(sent) is _Statement and sent.many else 1
-
-
-def _mappings(table: str, rows: Any) -> Iterable[Mapping[str, Any]]:
-    if isinstance(rows, Mapping):
-        raise MessageRefused(f"upsert into {table!r}: rows is one mapping; expected a list of them")
-    if hasattr(rows, "to_dict"):
-        raise MessageRefused(f"upsert into {table!r}: expected mappings, as in df.to_dict('records')")
-    return rows  # type: ignore[no-any-return]
 
 
 def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:

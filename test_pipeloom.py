@@ -3660,7 +3660,7 @@ def test_values_whose_meaning_is_clear_are_stored_as_text(db):
         (lambda q: q.put(MsgTaskFinished(1, "banana", "now")), "status 'banana' is unknown: expected 'done', 'error' or"),
         (lambda q: q.put(MsgExecute(3)), "sql 3 cannot be run: expected a str"),
         (lambda q: q.execute(3), "sql 3 cannot be run: expected a str"),
-        (lambda q: q.upsert("t", {"k": 1}, key="k"), "upsert into 't': rows is one mapping; expected a list of them"),
+        (lambda q: q.upsert("t", {"k": 1}, key="k"), "upsert into 't': rows is one dict; expected a list of mappings"),
         (lambda q: q.upsert("t", [{"k": 1}], key="x"), "upsert into 't': key ['x'] is not among the columns ['k']"),
         (lambda q: q.upsert("t", [{"k": 1}], key=[]), "upsert into 't': key [] is not among the columns ['k']"),
         (lambda q: q.put({"a": 1}), "no handler for messages of type dict; pass handlers={dict: function}"),
@@ -4433,7 +4433,7 @@ def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
     told = []
     run(["a"], db, work, schema="CREATE TABLE t(a)")
     row = "params='hello': expected a row of values; for a single one, (value,)"
-    frame = "upsert into 't': expected mappings, as in df.to_dict('records')"
+    frame = "upsert into 't': rows is one Frame; expected a list of mappings, as in [row] or df.to_dict('records')"
     transaction = "'COMMIT' is not allowed in a task, because the writer manages transactions; remove it"
     assert told == [row, row, frame, transaction]
 
