@@ -2381,10 +2381,6 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
 
 MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
-NOT_HERE = (  # in memory, or on the machine of the run and not of the executor
-    "ctx.connect(): the database {!r} cannot be read here, but only by its writer"
-    "; use a file, and threads or processes of this machine"
-)
 _Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
 _Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
@@ -2506,8 +2502,11 @@ class TaskContext:
 
     def connect(self) -> sqlite3.Connection:
         """A read-only connection to the database as it is committed; its `with` block closes it."""
-        if not os.path.exists(self._terms.path):
-            raise UsageError(NOT_HERE.format(self._terms.path))
+        if not os.path.exists(self._terms.path):  # in memory, or not on the machine of the executor
+            raise UsageError(
+                f"ctx.connect(): the database {self._terms.path!r} cannot be read here, but only by its"
+                " writer; use a file, and threads or processes of this machine"
+            )
         return _connect_readonly(self._terms.path)
 
     @property
@@ -2647,7 +2646,7 @@ class _Attempt(TaskContext):
         self.abandoned = False  # its thread is left to itself, and ends when the function returns, if ever
         self.lost = False  # how it ended could not be said, for lack of memory most likely
         self.thread: threading.Thread | None = None  # that runs it, while a deadline may end it
-        self.on_cancel: Callable[[], object] | None = None  # wakes what it waits for
+        self.on_cancel: Callable[[], object] = int  # wakes what it waits for; int() does nothing
         self.trouble = _NO_TROUBLE  # of this attempt; before it starts, of the one before
 
     def sleep(self, seconds: float) -> None:
@@ -2713,9 +2712,7 @@ class _Attempt(TaskContext):
     def cancel(self, reason: str) -> None:
         """Have whatever it does from now on raise TaskCancelled."""
         self.reason = self.reason or reason
-        stop = self.on_cancel
-        if stop is not None:
-            stop()
+        self.on_cancel()
 
     def disarm(self) -> None:
         """No deadline ends it any more, unless one was first."""
