@@ -2488,15 +2488,13 @@ class TaskContext:
         The key needs a UNIQUE or PRIMARY KEY in the table.
         """
         keys = [key] if isinstance(key, str) else list(key)
-        columns: list[str] = []
-        sql = ""
         if isinstance(rows, Mapping) or hasattr(rows, "to_dict"):
             expected = "expected a list of mappings, as in [row] or df.to_dict('records')"
             raise MessageRefused(f"upsert into {table!r}: rows is one {type(rows).__name__}; {expected}")
-        for row in rows:
-            if list(row) != columns or not columns:
-                columns, sql = list(row), _upsert_sql(table, list(row), keys)
-            self.execute(sql, tuple(row.values()))
+        for columns, alike in groupby(rows, list):
+            sql = _upsert_sql(table, columns, keys)
+            for row in alike:
+                self.execute(sql, tuple(row.values()))
 
     def connect(self) -> sqlite3.Connection:
         """A read-only connection to the database as it is committed; its `with` block closes it."""
