@@ -1929,24 +1929,21 @@ def _made_by_rich(what: Any, width: int) -> list[str]:
     return str(capture.get()).rstrip("\n").split("\n")
 
 
-def _lines(bars: list[_Bar], width: int, style: _Style, names: int = 0) -> list[str]:
+def _lines(bars: list[_Bar], width: int, style: _Style, names: int = 0) -> Iterator[str]:
     """A line of `width` - 1 cells for each bar: name, bar, percent or a sign that it runs, time, text."""
     room, now = max(width - 1, 0), time.monotonic()
     names = min(max([names, *(_width(_clean(bar.name)) for bar in bars)]), NAME_WIDTH, room // 2 - 4)
     length = min(30, room // 5)
-    lines = []
     for bar in bars:
         fraction = bar.fraction()
         sign = f"{int(100 * fraction)}%" if fraction is not None else style.sign() if bar.began else ""
         if width < 40:
-            line = _fit(f"{sign:>4} {_fit(bar.name, room - 5, style.dots)}", room)
+            yield _fit(f"{sign:>4} {_fit(bar.name, room - 5, style.dots)}", room)
         else:
             drawn = style.bar(fraction, length) if fraction is not None else " " * length
             text = f"{_clock(now - bar.began) if bar.began else '':>9}  {bar.text}"
             rest = _fit(text, room - names - length - 6)
-            line = f"{_fit(bar.name, names, style.dots)} {drawn} {sign:>4}{rest}"
-        lines.append(line)
-    return lines
+            yield f"{_fit(bar.name, names, style.dots)} {drawn} {sign:>4}{rest}"
 
 
 GIVES_WAY = ("skipped", "cancelled", "waiting", "rate", "eta", "time", "failed")  # in a narrow window
@@ -2238,7 +2235,7 @@ class _AnsiProgress:
         self.tasks.pop(task_id, None)
 
     def lines(self, width: int, room: int) -> list[str]:
-        return _lines(list(self.tasks.copy().values()), width, _Style(sys.stderr))[:room]
+        return list(islice(_lines(list(self.tasks.copy().values()), width, _Style(sys.stderr)), room))
 
     def start(self) -> None:
         """Show the bars until stop()."""
