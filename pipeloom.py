@@ -1697,15 +1697,14 @@ class _Board(Progress):
 
     def update(self, message: Any) -> None:
         kind, id = type(message), message.task_id
+        self.waiting.discard(id)
         if kind is MsgTaskStarted:
-            self.waiting.discard(id)
             self.running[id] = _Bar(message.name, began=time.monotonic())
         elif kind is MsgTaskProgress and id in self.running:
             bar = self.running[id]
             bar.completed, bar.total, bar.text = message.step, message.total, message.message
         elif kind is MsgTaskFinished:
             self.running.pop(id, None)
-            self.waiting.discard(id)
             if message.status == QUEUED:
                 self.waiting.add(id)
             else:
@@ -1778,8 +1777,7 @@ class _LogLines(_Board):
 
     def _write(self, *more: str) -> None:
         facts = "  ".join(filter(None, (*self.facts().values(), *more)))
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} pipeloom: {facts}\n")
-        sys.stderr.flush()
+        _say(f"{time.strftime('%H:%M:%S')} pipeloom: {facts}")
 
 
 class _TerminalBars(_Board):
