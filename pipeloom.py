@@ -1978,9 +1978,9 @@ class _Screen:
     current: _Screen | None = None
     _door = threading.Lock()  # guards `current`; held while the old screen ends, as two must not draw
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self) -> None:
         self.stream = sys.stderr
-        self.sources = [source]  # each has lines(width, room), and kept(width) for its end
+        self.sources: list[Any] = []  # each has lines(width, room), and kept(width) for its end
         self._drawn = (0, 0)  # how many lines stand there now, and how wide they are
         self._lock = threading.RLock()  # a finalizer that prints may come where it is held
         self._backlog: list[tuple[Any, str]] = []
@@ -1994,9 +1994,8 @@ class _Screen:
     @classmethod
     def show(cls, source: Any) -> None:
         with cls._door:
-            if cls.current is None:
-                cls.current = cls(source)
-            elif source not in cls.current.sources:
+            cls.current = cls.current or cls()
+            if source not in cls.current.sources:
                 cls.current.sources.append(source)
 
     @classmethod
@@ -2013,7 +2012,9 @@ class _Screen:
                 cls.current = None
                 screen._over.set()
                 screen._thread.join(cls.PATIENCE)
-                screen._give_back()
+                for above in screen._taken:
+                    with suppress(OSError, ValueError):
+                        above.leave()
 
     def above(self, stream: Any, text: str, leaves: Any = None) -> None:
         """Have whole lines written to `stream`, above the block. Any thread may call it, and one of a task
@@ -2041,12 +2042,7 @@ class _Screen:
             logger.debug("the bars are off: %s", _describe(error))
         with self._lock:  # first: who waits in above() may hold the lock of a handler
             self._draws = False
-        self._give_back()
         self._write_backlog()
-
-    def _give_back(self) -> None:
-        for above in self._taken:
-            above.leave()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
