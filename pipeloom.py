@@ -1531,7 +1531,6 @@ class _Display:
         self._board = self._shown if isinstance(self._shown, _Board) else None
         self._messages: deque[Any] = deque()
         self._records: deque[tuple[Any, ...]] = deque()  # level, event, text and its arguments
-        self._total: int | None = None  # as it was told last
         self._calls_user = False  # else, if the thread hangs, it does so in a handler, perhaps with its lock
         self._wake, self._pause = _Bell(), _Bell()
         self._is_over = False
@@ -1543,7 +1542,6 @@ class _Display:
 
     def start(self, total: int | None) -> bool:
         """The run begins; returns whether update() should be called."""
-        self._total = total
         if self._board is None:
             self.update(("start", total))
         else:  # at once: what tasks print goes above the bars from the first line on
@@ -1559,12 +1557,10 @@ class _Display:
         elif type(self._shown) is not Progress:
             self._switch_off(f"it is {self.BACKLOG:,} messages behind")
 
-    def know(self, total: int | None, skipped: int) -> bool:
-        """Take in what becomes known while the run is on; returns whether the total is new."""
+    def know(self, total: int | None, skipped: int) -> None:
+        """Take in what becomes known while the run is on."""
         if self._board is not None:
             self._board.total, self._board.counts["skipped"] = total and total - skipped, skipped
-        before, self._total = self._total, total
-        return total != before
 
     def tell(self, level: int, text: str, *args: object, event: str = "") -> None:
         """Have this logged by the display thread, soon; `text` and `args` as for logger.log()."""
@@ -3785,13 +3781,13 @@ class _Intake:
             stage.items = iter(items)
         finally:
             self._run.signals.pulling = False
-        self._run.show_counts()
+        self._run.note_total()
         return stage.items
 
     def _exhaust(self, stage: _Stage) -> None:
         self.sources.remove(stage)
         stage.size = stage.pulled
-        self._run.show_counts()
+        self._run.note_total()
         if not stage.pulled and stage.name:
             told = "each= of task %r gave no item, so it has nothing to do; check it, if that is a surprise"
             self._run.display.tell(logging.WARNING, told, stage.name)
@@ -3820,7 +3816,7 @@ class _Intake:
         place.newest = max(place.newest, done_in)
         with self._graph.lock:
             self._run.tally.counts["skipped"] += 1
-        self._run.show_counts()
+        self._run.display.know(self._graph.total(), self._run.tally.counts["skipped"])
 
 
 _END = object()
@@ -3886,9 +3882,11 @@ class _Run:
             raise PipelineError(result) from self.tally.first_error
         return result
 
-    def show_counts(self) -> None:
+    def note_total(self) -> None:
+        """Perhaps it is known now how many tasks there are."""
         total, run_id = self.graph.total(), self.writer.status.run_id
-        if self.display.know(total, self.tally.counts["skipped"]) and run_id is not None:
+        self.display.know(total, self.tally.counts["skipped"])
+        if run_id is not None:
             self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
 
     def result(self) -> RunResult:
