@@ -1573,8 +1573,8 @@ class _Display:
         more = " [more failures like this one will only be counted]" * (number == FAILURES_TOLD)
         where = f" ({place}){more}" if place else more
         if number <= FAILURES_TOLD:
-            parts = _clean(name), _cut(message, 300), where
-            self.tell(logging.ERROR, "%s failed: %s%s", *parts, event="failed")
+            message = _cut(message, 300)
+            self.tell(logging.ERROR, "%s failed: %s%s", _clean(name), message, where, event="failed")
 
     def stop(self, result: Any) -> None:
         """Show the end, and emit what is left; after PATIENCE the rest is left behind."""
@@ -1642,7 +1642,7 @@ class _Display:
                     record = logger.makeRecord(
                         logger.name, level, __file__, 0, text, args, None, extra={"event": event}
                     )
-                    (logger if logger.hasHandlers() else _log_handler()).handle(record)
+                    (logger if logger.hasHandlers() else _LogHandler()).handle(record)
 
     def _switch_off(self, why: str) -> None:
         level = logging.WARNING if self._board is None else logging.DEBUG  # of ours, stderr is a closed pipe
@@ -2022,8 +2022,7 @@ class _Screen:
         with self._lock:
             self._backlog.append((stream, text))
             self.sources = [source for source in self.sources if source is not leaves]
-            draws = self._draws
-        if not draws:
+        if not self._draws:  # else the screen's thread does, even if it ends just now
             self._write_backlog()
 
     def _work(self) -> None:
@@ -2311,6 +2310,12 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     stream = property(lambda _: sys.stderr, lambda *_: None)
 
+    def __init__(self, level: int = logging.WARNING) -> None:
+        super().__init__()
+        self.setLevel(level)
+        self.addFilter(lambda record: getattr(record, "event", "") != "summary")  # said on stderr already
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%H:%M:%S"))
+
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         if getattr(record, "event", "") != "failed" or not _is_terminal(self.stream):
@@ -2321,15 +2326,6 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         name = _cut(name, max(room - _width(message), 18), style.dots)  # which gives way first
         message = _cut(message, max(room - _width(name), 24), style.dots, part=0.0)
         return style.paint("31", f"{head}{name} failed: {message}{where}")
-
-
-@lru_cache(None)
-def _log_handler(level: int = logging.WARNING) -> _LogHandler:
-    handler = _LogHandler()
-    handler.setLevel(level)
-    handler.addFilter(lambda record: getattr(record, "event", "") != "summary")  # said on stderr already
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%H:%M:%S"))
-    return handler
 
 
 class _LogFile(logging.FileHandler):
@@ -2355,7 +2351,7 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
     theirs = logging.getLogger().handlers
     home = logger if theirs else logging.getLogger()
     if not any(hasattr(h, "console") or getattr(h, "stream", 0) in (sys.stdout, sys.stderr) for h in theirs):
-        home.addHandler(_log_handler(level))
+        home.addHandler(_LogHandler(level))
     if log_file:
         file = _LogFile(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(name)s] %(message)s"))
