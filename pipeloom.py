@@ -2149,8 +2149,7 @@ class _PlainConsole:
 
     def print(self, *objects: object, **_: object) -> None:
         """Print to stderr, above the bars."""
-        shown = [_without_markup(o) if isinstance(o, str) else o for o in objects]
-        _say(" ".join(map(str, shown)))
+        _say(" ".join(_without_markup(o) if isinstance(o, str) else str(o) for o in objects))
 
     log = print
 
@@ -2169,8 +2168,9 @@ def _display_of(progress: Any) -> Progress:
     }
     kind = _best_display() if progress == "auto" else progress
     if kind not in displays:
-        known = ", ".join(displays)
-        raise UsageError(f"progress={progress!r} is unknown: expected auto, {known} or an object")
+        raise UsageError(
+            f"progress={progress!r} is unknown: expected auto, {', '.join(displays)} or an object"
+        )
     if kind == "rich" and _rich_console() is None:
         raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
     return displays[kind if sys.stderr is not None else "none"]
@@ -2472,8 +2472,10 @@ class TaskContext:
         """
         keys = [key] if isinstance(key, str) else list(key)
         if isinstance(rows, Mapping) or hasattr(rows, "to_dict"):
-            expected = "expected a list of mappings, as in [row] or df.to_dict('records')"
-            raise MessageRefused(f"upsert into {table!r}: rows is one {type(rows).__name__}; {expected}")
+            raise MessageRefused(
+                f"upsert into {table!r}: rows is one {type(rows).__name__}"
+                "; expected a list of mappings, as in [row] or df.to_dict('records')"
+            )
         for columns, alike in groupby(rows, list):
             sql = _upsert_sql(table, columns, keys)
             for row in alike:
@@ -2590,8 +2592,9 @@ def _upsert_sql(table: str, columns: list[str], keys: list[str]) -> str:
 
     missing = [key for key in keys if key not in columns]
     if missing or not keys:
-        what = f"key {missing or keys!r} is not among the columns {columns!r}"
-        raise MessageRefused(f"upsert into {table!r}: {what}")
+        raise MessageRefused(
+            f"upsert into {table!r}: key {missing or keys!r} is not among the columns {columns!r}"
+        )
     others = quoted(name for name in columns if name not in keys)
     action = f"UPDATE SET {', '.join(f'{c}=excluded.{c}' for c in others)}" if others else "NOTHING"
     return (
@@ -2748,9 +2751,12 @@ def _place(depth: int) -> tuple[str, int, str] | None:
 
 @lru_cache(10_000)
 def _is_users(path: str) -> bool:
-    """Whether a file of code is no library, and can be read: not what was compiled from another language."""
-    compiled = (".pyx", ".pxd", ".pxi", ".c", ".cpp", ".so")
-    return not (path.startswith((*ENGINE, LIBRARY, "<frozen")) or path.endswith(compiled) or PACKAGES in path)
+    """Whether a file of code is no library, and can be read."""
+    return not (
+        path.startswith((*ENGINE, LIBRARY, "<frozen"))
+        or path.endswith((".pyx", ".pxd", ".pxi", ".c", ".cpp", ".so"))  # compiled from another language
+        or PACKAGES in path
+    )
 
 
 LIBRARY, PACKAGES = os.path.dirname(os.__file__) + os.sep, "-packages" + os.sep
