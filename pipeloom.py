@@ -2406,10 +2406,12 @@ class TaskContext:
         are dropped and all else is refused. A handler may get a message twice: send a list, not an iterator.
         """
         kind = type(message)
-        if kind not in self._terms.kinds:  # a subclass of ours, perhaps
+        check = CHECKS.get(kind)
+        if check is None and kind not in self._terms.kinds:  # a subclass of ours, perhaps
             kind = next((base for base in kind.__mro__ if base in CHECKS), kind)
-        if kind in CHECKS:
-            message = CHECKS[kind](message)
+            check = CHECKS.get(kind)
+        if check is not None:
+            message = check(message)
         elif message is SENTINEL:
             raise MessageRefused("a worker must not send SENTINEL; return from the function instead")
         elif not isinstance(message, self._terms.kinds):
