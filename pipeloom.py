@@ -4927,7 +4927,7 @@ def _say(text: str) -> None:
     """A line to stderr, if there is one: it may be closed, full, or a pipe that nobody reads."""
     try:
         if sys.stderr is not None and _takes(sys.stderr, READER_PATIENCE):
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, as threads print too
     except (OSError, ValueError):
         logger.debug("stderr is gone")
 
