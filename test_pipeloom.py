@@ -5716,10 +5716,10 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
         assert {pid for _, pid in made} == pids(home)
 
     def odd_ones(home):
-        env = {"TASK1": "hangs", "TASK2": "dies", "TASK3": "dies once", "TASK4": "forks", "LIMIT": "1"}
+        env = {"TASK1": "hangs", "TASK2": "dies", "TASK3": "dies once", "TASK4": "forks", "LIMIT": "2"}
         done = python("job.py", "--processes", 2, cwd=home, code=1, env=env, timeout=HANG)
         assert "5 done, 2 failed, 1 cancelled" in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert "work[1] failed: timed out after 1 s" in done.stderr
+        assert "work[1] failed: timed out after 2 s" in done.stderr
         assert "work[2] failed: BrokenProcessPool: " in done.stderr
         assert rows(home / "p.db", "SELECT DISTINCT result FROM task_runs") == [(None,)]
         done = python("job.py", "--processes", 2, "--resume", cwd=home, code=0)
