@@ -1974,9 +1974,9 @@ class _Screen:
     current: _Screen | None = None
     _door = threading.Lock()  # guards `current`; held while the old screen ends, as two must not draw
 
-    def __init__(self) -> None:
+    def __init__(self, source: Any) -> None:
         self.stream = sys.stderr
-        self.sources: list[Any] = []  # each has lines(width, room), and kept(width) for its end
+        self.sources = [source]  # each has lines(width, room), and kept(width) for its end
         self._drawn = (0, 0)  # how many lines stand there now, and how wide they are
         self._lock = threading.RLock()  # a finalizer that prints may come where it is held
         self._backlog: list[tuple[Any, str]] = []
@@ -1990,8 +1990,9 @@ class _Screen:
     @classmethod
     def show(cls, source: Any) -> None:
         with cls._door:
-            cls.current = cls.current or cls()
-            if source not in cls.current.sources:
+            if cls.current is None:
+                cls.current = cls(source)
+            elif source not in cls.current.sources:
                 cls.current.sources.append(source)
 
     @classmethod
@@ -2008,9 +2009,7 @@ class _Screen:
                 cls.current = None
                 screen._over.set()
                 screen._thread.join(cls.PATIENCE)
-                for above in screen._taken:
-                    with suppress(OSError, ValueError):
-                        above.leave()
+                screen._give_back()
 
     def above(self, stream: Any, text: str, leaves: Any = None) -> None:
         """Have whole lines written to `stream`, above the block. Any thread may call it, and one of a task
@@ -2037,7 +2036,12 @@ class _Screen:
             logger.debug("the bars are off: %s", _describe(error))
         with self._lock:  # first: who waits in above() may hold the lock of a handler
             self._draws = False
+        self._give_back()
         self._write_backlog()
+
+    def _give_back(self) -> None:
+        for above in self._taken:
+            above.leave()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
