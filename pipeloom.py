@@ -1859,6 +1859,8 @@ def _clean(text: str) -> str:
 
 def _head(text: str, width: int) -> str:
     """What of a clean text fits into so many cells."""
+    if len(text) * (1 if text.isascii() else 2) <= width:
+        return text
     ends = accumulate(map(_cells, text))
     return "".join(char for char, end in zip(text, ends) if end <= width)
 
@@ -1886,7 +1888,7 @@ class _Style:
         self.full, self.half, self.dots, self._signs = "━", "╸", "…", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
         try:
             "━╸…⠋".encode(getattr(stream, "encoding", None) or "ascii")
-        except (UnicodeError, LookupError):
+        except Exception:  # of an odd stream, too
             self.full, self.half, self.dots, self._signs = "#", "", "..", "|/-\\"
 
     def bar(self, fraction: float, width: int) -> str:
@@ -2041,7 +2043,8 @@ class _Screen:
 
     def _give_back(self) -> None:
         for above in self._taken:
-            above.leave()
+            with suppress(OSError, ValueError):  # half a line is left, for a terminal that is gone
+                above.leave()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
@@ -2164,11 +2167,11 @@ def _display_of(progress: Any) -> Progress:
             if not callable(getattr(progress, name, None)):
                 raise UsageTypeError(f"progress={progress!r} has no method {name}(); see pipeloom.Progress")
         return progress  # type: ignore[no-any-return]
-    displays = {
-        "rich": _TerminalBars(_Style(sys.stderr, rich=True)),
-        "ansi": _TerminalBars(_Style(sys.stderr)),
-        "log": _LogLines(),
-        "none": Progress(),
+    displays: dict[str, Callable[[], Progress]] = {
+        "rich": lambda: _TerminalBars(_Style(sys.stderr, rich=True)),
+        "ansi": lambda: _TerminalBars(_Style(sys.stderr)),
+        "log": _LogLines,
+        "none": Progress,
     }
     kind = _best_display() if progress == "auto" else progress
     if kind not in displays:
@@ -2177,7 +2180,7 @@ def _display_of(progress: Any) -> Progress:
         )
     if kind == "rich" and _rich_console() is None:
         raise UsageError("progress='rich' needs Rich, which cannot be imported; install it or use 'auto'")
-    return displays[kind if sys.stderr is not None else "none"]
+    return displays[kind]() if sys.stderr is not None else Progress()
 
 
 def _best_display() -> str:
@@ -4336,9 +4339,9 @@ def _declared(function: Any, each: Any, name: Any) -> _Declared:
 def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]:
     """Raise UsageError if some task would wait for itself; returns all in an order in which they can run."""
     ordered: dict[_Declared, None] = {}
-    number = -1
-    while number < len(ordered):  # mostly once: who comes after others is declared after them
-        number = len(ordered)
+    before = None
+    while before != len(ordered):  # mostly once: who comes after others is declared after them
+        before = len(ordered)
         for declared, others in after.items():
             if declared not in ordered and ordered.keys() >= set(others):
                 ordered[declared] = None
@@ -5374,17 +5377,19 @@ def _command_to_resume(given: list[str]) -> str:
 
 def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -> Iterator[str]:
     """The names of the tasks that a run would start."""
-    with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # else no run has been there
-        for last_id, _ in conn.execute(LAST_TASK):
-            run.writer.status.last_id = last_id
+    if run.options["resume"]:
+        with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # else no run has been there
+            for last_id, _ in conn.execute(LAST_TASK):
+                run.writer.status.last_id = last_id
     newest: dict[_Declared, int] = {}  # the last run that did a task of it
     redo = set(run.options["redo"])
     with closing(_Roster(run)) as roster:
         for declared in _check_cycles(after):
             older = max((newest[before] for before in after[declared]), default=NEVER)
             newest[declared] = roster.newest(declared.name)
-            named = [(None, f"{declared.name}[...]")]  # it may need those before to have run
-            if not (callable(declared.source) and declared.after):
+            if callable(declared.source) and declared.after:  # it may need those before to have run
+                named = [(None, f"{declared.name}[...]")]
+            else:
                 named = [declared.identify(item, at) for at, item in enumerate(declared.items(), 1)]
             if not named:
                 _say(f"pipeloom: each= of task {declared.name!r} gives no item")

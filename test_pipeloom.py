@@ -3075,6 +3075,19 @@ def test_closed_full_and_broken_streams_harm_nothing(home):
     assert (home / "said").read_text().startswith("pipeloom: cannot write to stdout")
 
 
+@pytest.mark.parametrize("encoding", [b"utf-8", len, property(lambda _: 1 / 0)])
+@pytest.mark.parametrize("progress", ["none", "log", "auto", "ansi"])
+def test_an_odd_stderr_harms_nothing(db, monkeypatch, progress, encoding):
+    """As that of a program with a window of its own."""
+
+    class Odd(io.StringIO):
+        pass
+
+    Odd.encoding = encoding
+    monkeypatch.setattr(sys, "stderr", Odd())
+    assert run([1, 2], db, nothing, progress=progress).done == 2
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_log_file_on_a_full_disk_harms_nothing(home):
     done = python("-m", "pipeloom", "demo", "-n", "1", "-vv", "-l", "/dev/full", cwd=home, code=0)
@@ -5818,6 +5831,8 @@ def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
         [("-m pipeloom run job.py", ["x-0", "x-1"]), ("pipe.py", ["load[a]", "load[b]", "report"])],
     )
     assert not list(home.glob("*.db"))
+    (home / "q.db").write_bytes(b"no database")  # which nobody reads, as all is run again
+    one("pipe.py --db q.db", ["load[a]", "load[b]", "report"])
 
 
 EVERYTHING = """
