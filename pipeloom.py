@@ -170,11 +170,12 @@ class _OfDatabase(PipeloomError):
     says = "database {!r} {}; {}"
 
     def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(path, what, cure)  # as they are: from another process it comes pickled
+        super().__init__(self.says.format(path, what, cure))
         self.path = path
+        self._given = path, what, cure
 
-    def __str__(self) -> str:
-        return self.says.format(*self.args)
+    def __reduce__(self) -> Any:
+        return type(self), self._given  # as it may come from another process
 
 
 class DatabaseError(_OfDatabase, UsageError):
@@ -199,16 +200,16 @@ class PipelineError(PipeloomError):
     """Tasks failed. Everything else has finished and is stored; `result` is the RunResult."""
 
     def __init__(self, result: RunResult) -> None:
-        super().__init__(result)
-        self.result = result
-
-    def __str__(self) -> str:
-        failed, first = self.result.error, self.result.failures[0]
-        more = f" (and {failed - 1:,} more)" if failed > 1 else ""
-        return (
-            f"{failed:,} of {self.result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
+        first = result.failures[0]
+        more = f" (and {result.error - 1:,} more)" if result.error > 1 else ""
+        super().__init__(
+            f"{result.error:,} of {result.total:,} tasks failed: {first.task!r}: {first.message}{more}; "
             "fix the cause and run again; resume=True skips the tasks that are done"
         )
+        self.result = result
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.result,)
 
 
 class TaskCancelled(BaseException):
@@ -595,31 +596,27 @@ def _check_database(path: str, kept: bool = True) -> None:
         return
     if not path or "\0" in path:
         raise DatabaseError(path, "is not a valid file name", "pass the path of a file")
-    real = os.path.realpath(path)
-    folder = os.path.dirname(real)
-    is_there = os.path.exists(path)
-    hindrances = (
-        (os.path.isdir(path), "is a directory", "pass the path of a file"),
-        (os.path.islink(real), "is a broken symbolic link", "pass the path of a file"),
-        (
-            not os.path.isdir(folder), f"cannot be created: there is no directory {folder!r}",
-            "create it first",
-        ),
-        (is_there and not os.path.isfile(path), "is not a regular file", "pass the path of a file"),
-        (
-            not os.access(folder, os.W_OK), "cannot be used, because SQLite must create files beside it",
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise DatabaseError(path, "is a directory", "pass the path of a file")
+    if os.path.islink(os.path.realpath(path)):
+        raise DatabaseError(path, "is a broken symbolic link", "pass the path of a file")
+    if not os.path.isdir(folder):
+        raise DatabaseError(path, f"cannot be created: there is no directory {folder!r}", "create it first")
+    if not os.access(folder, os.W_OK):
+        raise DatabaseError(
+            path,
+            "cannot be used, because SQLite must create files beside it",
             f"change the permissions of {folder!r} or use another directory",
-        ),
-        (
-            is_there and not os.access(path, os.W_OK), "is not writable",
-            "change its permissions or use another file",
-        ),
-    )  # fmt: skip
-    for hinders, what, cure in hindrances:
-        if hinders:
-            raise DatabaseError(path, what, cure)
-    if is_there:
-        _check_contents(path, kept)
+        )
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):
+        raise DatabaseError(path, "is not a regular file", "pass the path of a file")
+    if not os.access(path, os.R_OK | os.W_OK):
+        what = "is not readable and writable"
+        raise DatabaseError(path, what, "change its permissions or use another file")
+    _check_contents(path, kept)
 
 
 def _check_contents(path: str, kept: bool) -> None:
@@ -839,13 +836,12 @@ def _inside(method: Callable[..., Any]) -> Any:
     return inside
 
 
-_sql_methods = attrgetter("execute", "executemany", "executescript")
-
-
 class _GuardedCursor(sqlite3.Cursor):
     """Of the writer's connection."""
 
-    execute, executemany, executescript = map(_inside, _sql_methods(sqlite3.Cursor))
+    execute = _inside(sqlite3.Cursor.execute)
+    executemany = _inside(sqlite3.Cursor.executemany)
+    executescript = _inside(sqlite3.Cursor.executescript)
 
 
 class _Guarded(sqlite3.Connection):
@@ -853,7 +849,9 @@ class _Guarded(sqlite3.Connection):
 
     is_on = False  # the writer has begun a transaction, and not ended it
     connection = property(lambda self: self)
-    execute, executemany, executescript = map(_inside, _sql_methods(sqlite3.Connection))
+    execute = _inside(sqlite3.Connection.execute)
+    executemany = _inside(sqlite3.Connection.executemany)
+    executescript = _inside(sqlite3.Connection.executescript)
 
     def cursor(self, factory: Any = None) -> Any:
         return super().cursor(factory or _GuardedCursor)
@@ -1071,12 +1069,14 @@ class _Status:
             self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at)
 
     def started(self, m: MsgTaskStarted) -> None:
-        row = self._row(m)
-        if row.status != RUNNING or self._own_sender(m) is None:  # else it repeats what the engine has said
-            row.status, row.progress, row.message = RUNNING, 0.0, ""
-            row.finished_at = row.result = row.traceback = None
-            row.attempts, row.run_id = (row.attempts or 0) + 1, self.run_id
-        row.name, row.started_at = m.name, m.started_at
+        sender, row = self._own_sender(m), self._row(m)
+        if row.status == RUNNING and sender is not None:
+            row.name, row.started_at = m.name, m.started_at  # the worker repeats what the engine has said
+        else:
+            attempts = sender.attempt if sender else (row.attempts or 0) + 1
+            self._pending[m.task_id] = _TaskRow(
+                m.task_id, m.name, RUNNING, started_at=m.started_at, attempts=attempts, run_id=self.run_id
+            )
         if self.shows:
             self.news[m.task_id, MsgTaskStarted] = m
 
@@ -1116,22 +1116,22 @@ class _Status:
         """The row of a message's task, to be changed; one that was never started gets one all the same."""
         row = self._pending.get(m.task_id)
         if row is None:
-            row = self._pending[m.task_id] = _TaskRow(*self._known(m))
+            row = self._pending[m.task_id] = self._known(m)
         return row
 
-    def _known(self, m: Any) -> Any:
-        """The values of a task's row, as a commit left it, or of a new one."""
+    def _known(self, m: Any) -> _TaskRow:
+        """A task's row as a commit left it, or a new one."""
         id, sender = m.task_id, self._own_sender(m)
         if id in self._unfinished:
-            return _row_values(self._unfinished[id])
+            return _TaskRow(*_row_values(self._unfinished[id]))
         if id <= self.last_id and self._kept and sender is None:
             cursor = self._store.conn.cursor()
             cursor.row_factory = None  # a handler may have set the connection's
             found = cursor.execute(LOAD_TASK, (id,)).fetchone()
             if found is not None:
-                return found
+                return _TaskRow(*found)
         name, attempts = (sender.name, sender.attempt - 1) if sender else (f"task-{id}", 0)
-        return id, name, QUEUED, 0.0, "", None, None, None, attempts, self.run_id
+        return _TaskRow(id, name, QUEUED, attempts=attempts, run_id=self.run_id)
 
     def write(self) -> None:
         if self._kept and self._pending:
@@ -1220,9 +1220,9 @@ class SQLiteWriter(threading.Thread):
     def _explain(self, error: BaseException) -> None:
         with suppress(Exception):  # of no memory: then as it is
             self.error = self.store.failure(_reason(error), opening=not self.opened)
-        if self._engine is None:
-            self._display.tell(logging.ERROR, "%s", self.error)
-        else:
+            if self._engine is None:
+                self._display.tell(logging.ERROR, "%s", self.error)
+        if self._engine is not None:
             self._engine.stop("the writer failed")
 
     def _leave(self) -> None:
@@ -1373,12 +1373,19 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
     except Exception as error:
         if _trouble(error):
             raise
-        if joins:  # a statement that fails undoes all its rows: which of them is it?
-            left = iter(rows[start:] if conn.in_transaction else rows)  # else nobody can tell
-            with suppress(Exception):
-                conn.executemany(m.sql, left)
-        error.row = _row_in_words(m.sql, rows, len(rows) - length_hint(left))  # type: ignore[attr-defined]
+        number = _first_that_fails(conn, m.sql, rows, start) if joins else len(rows) - length_hint(left)
+        error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
         raise
+
+
+def _first_that_fails(conn: sqlite3.Connection, sql: str, rows: list[Any], start: int) -> int:
+    """A statement that fails undoes all its rows. Which of them is it? From 1; 0 if nobody can tell."""
+    for number in range(start, len(rows)) if conn.in_transaction else ():
+        try:
+            conn.execute(sql, rows[number])
+        except Exception:
+            return number + 1
+    return 0
 
 
 def _are_plain(rows: list[Any], width: int) -> bool:
@@ -3030,8 +3037,10 @@ class _Graph:
         """A task of this stage has ended, or its items have: perhaps it has ended itself."""
         stirred = [stage]
         for ended in stirred:  # which grows: a follower may have nothing to do
+            if not ended.has_ended():
+                continue
             before = ended.place
-            for follower in before.followers if ended.has_ended() else ():
+            for follower in before.followers:
                 place = follower.place
                 place.waits -= 1
                 place.older = max(place.older, sys.maxsize if ended.submitted else before.newest)
@@ -3226,13 +3235,17 @@ class _EventLoop:
         return self._thread
 
 
-async def _guarded(ctx: _Attempt, coroutine: Any) -> object:
-    """A SystemExit would end the loop, which is not this task's alone."""
+async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException | None]:
+    """A SystemExit would end the loop, which is not this task's alone; asyncio logs what nobody waits for."""
+    from asyncio import CancelledError
+
     ctx.enter()
     try:
-        return await coroutine
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise _ToldError(*_told(error)) from None
+        return await coroutine, None
+    except CancelledError:
+        raise
+    except BaseException as error:
+        return None, error
 
 
 class _ToldError(Exception):
@@ -3261,7 +3274,7 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
         return ctx.held, _result_text(value), None
     except BaseException as error:
         if ctx.closed:  # by its own word, which counts
-            return ctx.held, None, _told(error)
+            return ctx.held, None, None if isinstance(error, TaskCancelled) else _told(error)
         if isinstance(error, TaskCancelled):
             return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(error))], None, None
         return [], None, _told(error)
@@ -3353,7 +3366,9 @@ class _Worker(_TaskThread):
             if os.getpid() != self._crew.pid:
                 _end_child()
         if type(value) is CoroutineType:
-            value = _awaited(ctx, self._crew.loop.submit(ctx, value))
+            value, error = _awaited(ctx, self._crew.loop.submit(ctx, value))
+            if error is not None:
+                raise error
         return value
 
     def _call_elsewhere(self, ctx: _Attempt) -> object:
@@ -4040,22 +4055,20 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         from concurrent.futures import ProcessPoolExecutor  # slow, and needed by few
         from pickle import dumps
 
-        function, why = stage.declared.function, ""
+        function, why, cure = stage.declared.function, "", ""
         if iscoroutinefunction(function):
-            why = "is an async def, which needs the event loop of this process;"
+            why = "is an async def, which needs the event loop of this process"
         elif not stage.terms.atomic:
-            why = "has atomic=False, which streams rows in this process;"
+            why = "has atomic=False, which streams rows in this process"
         elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
             try:
                 dumps(function)
             except Exception as error:
-                why = (
-                    f"cannot be sent to another process: {_describe(error)}"
-                    "; define it with def at the top of a module, or"
-                )
+                why = f"cannot be sent to another process: {_describe(error)}"
+                cure = "define it with def at the top of a module, or "
         if why:
             what = f"task {stage.name!r}" if stage.name else "worker_fn"
-            raise UsageError(f"{what} {why} run it on threads, as with @pipe.task(executor=None)")
+            raise UsageError(f"{what} {why}; {cure}run it on threads, as with @pipe.task(executor=None)")
 
 
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
@@ -4136,7 +4149,7 @@ def _check_function(what: str, function: Any, /, *arguments: str, **named: Any) 
     """Find out before anything is started that a function can be called so."""
     if isgeneratorfunction(function) or isasyncgenfunction(function):
         raise UsageTypeError(
-            f"{what} is a generator function, so its body would never run; replace yield with return"
+            f"{what} is a generator function, so its body would never run; remove its yield"
         )
     try:
         signature(function).bind(*arguments, **named)

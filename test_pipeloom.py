@@ -1941,6 +1941,32 @@ def test_a_coroutine_is_cancelled_at_its_deadline_and_its_place_is_stored(db, cl
     assert ended.wait(WAIT) and result.failures[0].message == "timed out after 60 s"
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_what_a_coroutine_raises_after_its_deadline_is_not_said_by_asyncio(db, clock, error, caplog):
+    import asyncio
+
+    async def work(task, ctx):
+        asyncio.get_running_loop().call_later(0.01, clock.advance, ctx, 61)
+        try:
+            await asyncio.sleep(WAIT)
+        except asyncio.CancelledError:
+            raise error("late") from None
+
+    assert run(["a"], db, work, timeout=60, check=False).failures[0].message == "timed out after 60 s"
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_what_a_coroutine_raises_is_the_cause_of_the_error(db, error):
+    async def work(task, ctx):
+        raise error("no")
+
+    with pytest.raises(pipeloom.PipelineError) as caught:
+        run(["a"], db, work)
+    assert type(caught.value.__cause__) is error
+
+
 @pytest.mark.parametrize("how", ["finished", "refused"])
 def test_a_task_that_has_ended_and_goes_on_past_its_deadline_holds_no_worker(db, clock, how, caplog):
     def work(task, ctx):
@@ -4338,6 +4364,7 @@ BAD_STATEMENTS = {  # of load(): what its error says; {line} is that of load()
     "many rows": "NOT NULL constraint failed: t.b; row 1,701 of 3,000 is (1700, None), in 'INSERT INTO t VALUES (?, ?)'",
     "rolled back": "NOT NULL constraint failed: t.b; in 'INSERT OR ROLLBACK INTO t VALUES (?, ?)'",
     "updates": "NOT NULL constraint failed: t.b; row 8 of 10 is (None, -5), in 'UPDATE t SET b = ? WHERE a = ?'",
+    "returning": "NOT NULL constraint failed: t.b; row 3 of 4 is (20002, None), in 'INSERT INTO t VALUES (?, ?) ON",
     "one row": "no such table: nowhere; the row is (1,), in 'INSERT INTO nowhere VALUES (?)'",
     "upsert": "NOT NULL constraint failed: t.b; the row is (1, None), in",
     "put": "no such table: nowhere; in 'DELETE FROM nowhere'",
@@ -4346,11 +4373,17 @@ BAD_STATEMENTS = {  # of load(): what its error says; {line} is that of load()
 }
 
 
+RETURNS = sqlite3.sqlite_version_info >= (3, 35)
+
+
 def load(kind, ctx):
     if kind == "many rows":
         ctx.executemany("INSERT INTO t VALUES (?, ?)", [(n, None if n == 1700 else n) for n in range(3000)])
     if kind == "rolled back":  # and so nobody can tell which row it was
         ctx.executemany("INSERT OR ROLLBACK INTO t VALUES (?, ?)", [(n, None if n == 12_500 else n) for n in range(10_000, 13_000)])
+    if kind == "returning":  # which executemany refuses
+        sql = "INSERT INTO t VALUES (?, ?) ON CONFLICT DO NOTHING" + " RETURNING a" * RETURNS
+        ctx.executemany(sql, [(20_000 + n, None if n == 2 else n) for n in range(4)])
     for n in range(10 if kind == "updates" else 0):
         ctx.execute("UPDATE t SET b = ? WHERE a = ?", (None if n == 7 else n, -5))
     if kind == "one row":
