@@ -4869,40 +4869,108 @@ def main(argv: list[str] | None = None) -> int:
 
 
 SAME_COMMAND = "the same command with --resume"
-COMMANDS = {  # what comes after the name, what it does, and examples
-    "demo": ("[options]", "Run tasks that only sleep, to see it work.", "-n 50 -w 10", "--fail 2"),
+
+
+def _number(text: str, low: int = 1) -> int:
+    import argparse
+
+    if not text.isdecimal() or not low <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
+    return int(text)
+
+
+def _flag(help: str, **more: Any) -> dict[str, Any]:
+    return {"action": "store_true", "help": help, **more}
+
+
+def _value(metavar: str, help: str, **more: Any) -> dict[str, Any]:
+    return {"metavar": metavar, "help": help, **more}
+
+
+# What argparse is told of each argument, by its names. What becomes an option of a run has None by default:
+# then it is as the program says.
+_from_0 = partial(_number, low=0)
+DATABASE = _value("FILE", "the database (default: %(default)s)", default="./pipeloom.db")
+ANY_RUN = {  # of the demo's, too
+    "--resume": _flag("skip the tasks that are done", default=None),
+    "--redo": _value("NAME", "skip what is done, but not this; may be repeated", action="append"),
+    "-q --quiet": _flag("say nothing when all goes well"),
+    "-w --workers": _value("N", "how many tasks run at once", type=_number),
+    "-v --verbose": {"action": "count", "default": 0, "help": "log more; -vv logs everything"},
+    "-l --log-file": _value("FILE", "also log to FILE"),
+}
+OWN_RUN = {
+    "--retries": _value("N", "retry a failed task up to N times", type=_from_0),
+    "--timeout": _value("SECONDS", "time limit for one attempt", type=float),
+    "--fail-fast": _flag("start no more tasks after the first failure", default=None),
+    "--durable": _flag("make each commit survive a power loss", default=None),
+    "--progress": _value("HOW", "auto, rich, ansi, log or none"),
+    "--dry-run": _flag("print the names of the tasks and run none"),
+    **ANY_RUN,
+}
+FUNCTION_RUN = {  # not of sh, whose commands are processes anyway
+    **OWN_RUN,
+    "--processes": _value("N", "run N tasks at once, each in a process", type=_number),
+}
+COMMANDS: dict[str, tuple[Any, ...]] = {  # arguments, what comes after the name, what it does, examples
+    "demo": (
+        {
+            "--db": {**DATABASE, "default": "./wal_demo.db"},
+            "-n --num-tasks": _value("N", "how many (default: 20)", type=_number, default=20),
+            "--no-wal": _flag("use SQLite's rollback journal"),
+            "--fail": _value("N", "make N tasks fail", type=_from_0, default=0),
+            **ANY_RUN,
+        },
+        "[options]", "Run tasks that only sleep, to see it work.", "-n 50 -w 10", "--fail 2",
+    ),
     "run": (
+        {
+            "--db": _value("FILE", "the database (default: the one in the program)"),
+            "target": {"metavar": "TARGET"},
+            "--arg": _value("KEY=VALUE", "for the function; may be repeated", action="append", default=[]),
+            **FUNCTION_RUN,
+        },
         "[options] TARGET",
         (
             "Run your pipeline, function or file.\n"
             "TARGET is package.module:name, file.py:name, or file.py (its main or Pipeline)."
         ),
-        "job.py --resume",
-        "job.py:load --arg folder=incoming",
+        "job.py --resume", "job.py:load --arg folder=incoming",
     ),
     "sh": (
+        {
+            "--db": DATABASE,
+            "words": {"nargs": "..."},  # all that is left, options of the command included
+            "-0 --null": _flag("items on stdin end with NUL: find -print0"),
+            "--tag": _flag("print the item before each line of output"),
+            "--quiet-output": _flag("print no output of the commands"),
+            **OWN_RUN,
+        },
         "[options] [COMMAND [ITEM...]]",
         (
             "Run a shell command for each item: xargs with a memory.\n"
             "{} is the item, quoted; without it the item comes last. Without ITEM, each line\n"
             "of stdin is one. Without COMMAND, each line of stdin is a whole command."
         ),
-        "-w 8 --resume 'gzip -k {}' *.log",
-        "--retries 2 --timeout 60 < commands.txt",
+        "-w 8 --resume 'gzip -k {}' *.log", "--retries 2 --timeout 60 < commands.txt",
     ),
     "status": (
-        "[options] [FILE] [NAME...]",
-        "Show what runs, what failed and what is done, also during a run.",
-        "sales.db --watch",
-        "report --db sales.db",
+        {
+            "--db": DATABASE,
+            "names": _value("NAME", "all about this task; FILE is the database", nargs="*"),
+            "-n --limit": _value("N", "how many of each kind (default: what fits)", type=_number),
+            "--failed": _flag("only tasks that failed or were cancelled"),
+            "--watch": _flag("keep it up to date until the run ends"),
+            "--json": _flag("as JSON"),
+        },
+        "[options] [FILE] [NAME...]", "Show what runs, what failed and what is done, also during a run.",
+        "sales.db --watch", "report --db sales.db",
     ),
     "init-db": (
-        "[--db FILE]",
-        "Create the tables, or complete those of an older pipeloom.",
-        "",
-        "--db sales.db",
+        {"--db": DATABASE},
+        "[--db FILE]", "Create the tables, or complete those of an older pipeloom.", "", "--db sales.db",
     ),
-}
+}  # fmt: skip
 
 
 def _execute(parser: Any, argv: list[str] | None) -> int:
@@ -5006,7 +5074,10 @@ def _show_stacks(*_: Any) -> None:
         os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
-def _new_parser(prog: str, usage: str, text: str, *examples: str, of: Any = None, **more: Any) -> Any:
+def _new_parser(
+    prog: str, arguments: Mapping[str, Any], usage: str, text: str, *examples: str, of: Any = None,
+    **more: Any,
+) -> Any:  # fmt: skip
     """A parser, or one `of` a parser's commands. Its help fits a screen and ends with examples."""
     import argparse
 
@@ -5028,92 +5099,33 @@ def _new_parser(prog: str, usage: str, text: str, *examples: str, of: Any = None
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
         **more,
     )
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    for names, how in {"-h --help": {"action": "help"}, **arguments}.items():
+        parser.add_argument(*names.split(), **{"help": argparse.SUPPRESS, **how})
     return parser
 
 
 def _parser() -> Any:
-    from argparse import REMAINDER, SUPPRESS
-
     me = " ".join(_this_program())
     about = "Run many tasks at once, store what they produce in SQLite, watch them live."
-    parser = _new_parser(me, "COMMAND ...", about, "demo", "status wal_demo.db")
+    parser = _new_parser(me, {}, "COMMAND ...", about, "demo", "status wal_demo.db")
     parser.add_argument("--version", action="version", version=f"pipeloom {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, function: Any, db: Any = "./pipeloom.db") -> Any:
-        summary = COMMANDS[name][1].partition("\n")[0]
-        sub = _new_parser(f"{me} {name}", *COMMANDS[name], of=commands, name=name, help=summary)
-        sub.set_defaults(command=function)
-        default = db or "the one in the program"
-        sub.add_argument("--db", default=db, metavar="FILE", help=f"the database (default: {default})")
-        return sub.add_argument
-
-    add = command("demo", _cmd_demo, "./wal_demo.db")
-    add("-n", "--num-tasks", type=_number, default=20, metavar="N", help="how many (default: 20)")
-    add("--no-wal", action="store_true", help="use SQLite's rollback journal")
-    add("--fail", type=partial(_number, low=0), default=0, metavar="N", help="make N tasks fail")
-    _add_common_options(add)
-    add = command("run", _cmd_run, None)
-    add("target", metavar="TARGET", help=SUPPRESS)
-    add("--arg", action="append", default=[], metavar="KEY=VALUE", help="for the function; may be repeated")
-    _add_run_options(add)
-    _add_processes(add)
-    add = command("sh", _cmd_sh)
-    add("words", nargs=REMAINDER, help=SUPPRESS)
-    add("-0", "--null", action="store_true", help="items on stdin end with NUL: find -print0")
-    add("--tag", action="store_true", help="print the item before each line of output")
-    add("--quiet-output", action="store_true", help="print no output of the commands")
-    _add_run_options(add)  # but no --processes: each command is one
-    add = command("status", _cmd_status)
-    add("names", nargs="*", metavar="NAME", help="all about this task; FILE is the database")
-    add("-n", "--limit", type=_number, metavar="N", help="how many of each kind (default: what fits)")
-    add("--failed", action="store_true", help="only tasks that failed or were cancelled")
-    add("--watch", action="store_true", help="keep it up to date until the run ends")
-    add("--json", action="store_true", help="as JSON")
-    command("init-db", _cmd_init_db)
+    functions = {
+        "demo": _cmd_demo, "run": _cmd_run, "sh": _cmd_sh, "status": _cmd_status, "init-db": _cmd_init_db
+    }  # fmt: skip
+    for name, function in functions.items():
+        summary = COMMANDS[name][2].partition("\n")[0]
+        command = _new_parser(f"{me} {name}", *COMMANDS[name], of=commands, name=name, help=summary)
+        command.set_defaults(command=function)
     return parser
 
 
 def _pipeline_parser(pipe: Pipeline) -> Any:
-    me = " ".join(_this_program())
-    parser = _new_parser(me, "[options]", "Run the tasks of this pipeline.", "--resume", "--dry-run")
-    parser.add_argument("--db", metavar="FILE", help=f"the database (default: {pipe.db_path})")
+    me, text = " ".join(_this_program()), "Run the tasks of this pipeline."
+    database = _value("FILE", f"the database (default: {pipe.db_path})")
+    parser = _new_parser(me, {"--db": database, **FUNCTION_RUN}, "[options]", text, "--resume", "--dry-run")
     parser.set_defaults(command=lambda args: _Session(args).call(pipe.run))
-    _add_run_options(parser.add_argument)
-    _add_processes(parser.add_argument)
     return parser
-
-
-def _add_run_options(add: Callable[..., Any]) -> None:
-    add("--retries", type=partial(_number, low=0), metavar="N", help="retry a failed task up to N times")
-    add("--timeout", type=float, metavar="SECONDS", help="time limit for one attempt")
-    add("--fail-fast", action="store_true", default=None, help="start no more tasks after the first failure")
-    add("--durable", action="store_true", default=None, help="make each commit survive a power loss")
-    add("--progress", metavar="HOW", help="auto, rich, ansi, log or none")
-    add("--dry-run", action="store_true", help="print the names of the tasks and run none")
-    _add_common_options(add)
-
-
-def _add_processes(add: Callable[..., Any]) -> None:
-    add("--processes", type=_number, metavar="N", help="run N tasks at once, each in a process")
-
-
-def _add_common_options(add: Callable[..., Any]) -> None:
-    add("--resume", action="store_true", default=None, help="skip the tasks that are done")
-    add("--redo", action="append", metavar="NAME", help="skip what is done, but not this; may be repeated")
-    add("-q", "--quiet", action="store_true", help="say nothing when all goes well")
-    add("-w", "--workers", type=_number, metavar="N", help="how many tasks run at once")
-    add("-v", "--verbose", action="count", default=0, help="log more; -vv logs everything")
-    add("-l", "--log-file", metavar="FILE", help="also log to FILE")
-
-
-def _number(text: str, low: int = 1) -> int:
-    import argparse
-
-    if not text.isdecimal() or not low <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low}")
-    return int(text)
 
 
 def _cmd_demo(args: Any) -> int:
