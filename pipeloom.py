@@ -5291,65 +5291,49 @@ class _Session:
         return 0 if ok else 1
 
 
-@contextmanager
-def _processes() -> Iterator[Executor]:
-    """An executor, with a process for each task. These end with the block: one whose task hangs, too."""
-    import multiprocessing
-
-    pools: list[Any] = []
-    before = multiprocessing.active_children()
-    try:
-        yield _new_processes(pools)
-    finally:
-        ends = [threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True) for pool in pools]
-        for end in ends:
-            end.start()
-        for may_live in (True, False):
-            until = time.monotonic() + 1.0
-            for end in ends:
-                end.join(max(until - time.monotonic(), 0.0))
-            for child in set(multiprocessing.active_children()) - set(before) if may_live else ():
-                child.kill()  # and wait again, as else the pools complain at the interpreter's exit
-
-
-def _new_processes(pools: list[Any]) -> Executor:
+def _processes() -> Executor:
+    """An executor with a process for each worker, that ends them all: one whose task hangs, too."""
     import multiprocessing
     from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
-    spawn = multiprocessing.get_context("spawn")
-    free: deque[tuple[ProcessPoolExecutor, Any]] = deque()  # with their processes
+    spawn, mine = multiprocessing.get_context("spawn"), threading.local()
+    pools: list[ProcessPoolExecutor] = []
+    processes: list[Any] = []
     lock = threading.Lock()  # held while a pool starts its process, so that it is known which one that is
 
     class Processes(ProcessPoolExecutor):
-        """A pool for each: a process that dies, or is killed at its deadline, takes nothing with it."""
+        """A pool for each thread: a process that dies, or is killed at a deadline, takes nothing with it."""
 
         def submit(self, *arguments: Any) -> Any:  # type: ignore[override]
             mask = _mask_of_signals("SIG_BLOCK", {signal.SIGINT})  # is not for a process that starts now
             try:
-                pool, process = free.pop()
-                future = pool.submit(*arguments)
-            except (IndexError, BrokenExecutor):  # none is free, or that one has died meanwhile
+                future = mine.pool.submit(*arguments)
+            except (AttributeError, BrokenExecutor):  # it has none yet, or that one has died
                 with lock:
                     others = set(multiprocessing.active_children())
-                    pool = ProcessPoolExecutor(1, spawn, _begin_process)
-                    pools.append(pool)
-                    future = pool.submit(*arguments)
-                    process = next(iter(set(multiprocessing.active_children()) - others), None)
+                    mine.pool = ProcessPoolExecutor(1, spawn, _begin_process)
+                    pools.append(mine.pool)
+                    future = mine.pool.submit(*arguments)
+                    started = set(multiprocessing.active_children()) - others
+                processes.extend(started)
+                mine.kill = next((process.kill for process in started), int)  # none, if it has died already
             finally:
                 _mask_of_signals("SIG_SETMASK", mask)
-            taken, cancel = [(pool, process)], future.cancel  # its end or its deadline takes it out
-            future.add_done_callback(partial(self._give_back, taken))
-            future.cancel = lambda: cancel() or self._kill(taken)  # type: ignore[method-assign]
+            future.cancel = mine.kill  # also if it has just ended: a worker whose task was cut off ends
             return future
 
-        def _give_back(self, taken: list[Any], _: Any) -> None:
-            with suppress(IndexError):  # it was killed; one that died by itself is found out by who takes it
-                free.append(taken.pop())
-
-        def _kill(self, taken: list[Any]) -> bool:
-            with suppress(IndexError, AttributeError):  # it may have died at its start
-                taken.pop()[1].kill()
-            return True
+        def shutdown(self, *_: Any, **__: Any) -> None:
+            ends = [
+                threading.Thread(target=pool.shutdown, name="pipeloom-pool", daemon=True) for pool in pools
+            ]
+            for end in ends:
+                end.start()
+            for may_live in (True, False):
+                until = time.monotonic() + 1.0
+                for end in ends:
+                    end.join(max(until - time.monotonic(), 0.0))
+                for process in processes if may_live else ():
+                    process.kill()  # and wait again, as else the pools complain at the interpreter's exit
 
     return Processes(1, spawn)
 

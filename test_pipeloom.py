@@ -5798,19 +5798,23 @@ def test_with_processes_the_functions_run_in_processes_that_end_with_the_run(hom
 
 
 @needs_posix
-def test_a_process_that_died_while_idle_is_replaced_and_a_late_deadline_kills_none():
-    with pipeloom._processes() as executor:
-        future = executor.submit(os.getpid)
-        pid = future.result(WAIT)
-        future.cancel()  # its deadline, which comes when it has ended
+def test_a_process_that_died_while_idle_is_replaced_and_one_that_is_killed_is_its_threads_own():
+    def replaced(executor, other):
+        pid = executor.submit(os.getpid).result(WAIT)
         assert executor.submit(os.getpid).result(WAIT) == pid
-        os.kill(pid, signal.SIGKILL)
-        threading.Event().wait(0.5)
-        future = executor.submit(os.getpid)
-        with suppress(BrokenExecutor):  # it may not be known yet that the process has died
-            assert future.result(WAIT) != pid
-        assert executor.submit(os.getpid).result(WAIT) != pid
-    del executor, future
+        others = other.submit(lambda: executor.submit(os.getpid).result(WAIT)).result(WAIT)
+        assert others != pid
+        for kill in (partial(os.kill, pid, signal.SIGKILL), lambda: executor.submit(os.getpid).cancel()):
+            kill()
+            threading.Event().wait(0.5)
+            with suppress(BrokenExecutor):  # it may not be known yet that the process has died
+                assert executor.submit(os.getpid).result(WAIT) != pid
+            assert executor.submit(os.getpid).result(WAIT) != pid
+        assert other.submit(lambda: executor.submit(os.getpid).result(WAIT)).result(WAIT) == others
+
+    with pipeloom._processes() as executor, ThreadPoolExecutor(1) as other:
+        replaced(executor, other)
+    del executor
     gc.collect()  # their files
 
 
