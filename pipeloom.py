@@ -5465,8 +5465,6 @@ def _cmd_status(args: Any) -> int:
 
 
 def _cmd_init_db(args: Any) -> int:
-    if args.db == ":memory:":
-        raise UsageError("--db ':memory:' would not be kept; pass the path of a file")
     _check_database(args.db)
     try:
         with closing(connect(args.db)) as conn:

@@ -3314,7 +3314,6 @@ BAD_COMMANDS = [
     (["demo", "--db", "no/such/dir.db"], "there is no directory '.../no/such'; create it first"),
     (["demo", "--log-file", "no/such/x.log"], "--log-file 'no/such/x.log' cannot be written: No such file"),
     (["init-db", "--db", "no/such/dir.db"], "there is no directory '.../no/such'; create it first"),
-    (["init-db", "--db", ":memory:"], "--db ':memory:' would not be kept; pass the path of a file"),
     (["status", "--limit", "x"], "--limit: 'x': expected a whole number from 1"),
     (["status", "--limit", "9" * 20], f"'{'9' * 20}': expected a whole number from 1"),
     (["status", "--db", "missing.db"], "database 'missing.db' does not exist; pass the database of a run"),
