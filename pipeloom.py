@@ -5208,10 +5208,9 @@ def _import_target(place: str) -> Any:
     """Import a module by its name, or a file from where it is, whatever else has its name."""
     from importlib.util import module_from_spec, spec_from_file_location
 
+    sys.path.insert(0, os.path.dirname(os.path.abspath(place)))  # of a module's name: where we are
     if not place.endswith(".py"):
-        sys.path.insert(0, os.getcwd())
         return import_module(place)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
     name = os.path.basename(place)[:-3]
     if name in sys.modules:
         name = f"{name} of pipeloom run"
