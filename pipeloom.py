@@ -774,13 +774,9 @@ class Channel:
                 del items[end:]
             try:
                 yield [(None, message) for message in items] if self._bare else items
-            finally:
-                self._note_done(taken)
-
-    def _note_done(self, taken: int) -> None:
-        """For a plain queue's join(), which ends also where what was taken could not be stored."""
-        for _ in range(taken if hasattr(self._queue, "task_done") else 0):
-            self._queue.task_done()
+            finally:  # for a plain queue's join(), which ends also where what was taken could not be stored
+                for _ in range(taken if hasattr(self._queue, "task_done") else 0):
+                    self._queue.task_done()
 
     def close(self) -> None:
         """Nothing more will be put; batches() gives what is there, and ends."""
@@ -791,9 +787,8 @@ class Channel:
         self.failure = self.failure or error
         with self._room:
             self._room.notify_all()
-        while self._bare and not self._ended:  # so that no producer blocks
-            self._ended = self._queue.get() is SENTINEL
-            self._note_done(1)
+        for _ in self.batches() if self._bare else ():  # so that no producer of a plain queue blocks
+            pass
 
 
 # ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------
