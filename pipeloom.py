@@ -2433,9 +2433,9 @@ class TaskContext:
         elif kind in STATUS:
             self.pass_on(message)
         elif kind is MsgExecute:
-            self._send(_Statement(message.sql, message.params, message.many, _place(1)))
+            self.deliver(_Statement(message.sql, message.params, message.many, _place(1)))
         else:
-            self._send(_Sent(message, _place(1)))
+            self.deliver(_Sent(message, _place(1)))
 
     put_nowait = put  # for code that treats the context as a queue
 
@@ -2565,14 +2565,9 @@ class TaskContext:
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         logger.log(level, told, *arguments)
 
-    def _send(self, sent: _Sent | _Statement) -> None:
-        if get_ident() == self._thread:
-            self.flush()  # in the order in which they came
-        self.deliver(sent)
-
     def _send_rows(self, sql: str, rows: list[Any]) -> None:
         _check_sql(sql)
-        self._send(_Statement(sql, rows, True, _place(2)))
+        self.deliver(_Statement(sql, rows, True, _place(2)))
 
     def _new_group(self, sql: str) -> tuple[Any, list[Any], int, Any]:
         if self._group is not _NO_GROUP:
@@ -2664,6 +2659,8 @@ class _Attempt(TaskContext):
     def deliver(self, sent: _Sent | _Statement) -> None:
         if self._terms.atomic:
             return super().deliver(sent)
+        if get_ident() == self._thread:
+            self.flush()  # in the order in which they came
         self.check()
         if not self.run.channel.put(self, sent, _rows_in(sent)):
             self._refuse_if_closed(sent)
