@@ -1778,6 +1778,9 @@ class _LogLines(_Board):
         _say(f"{time.strftime('%H:%M:%S')} pipeloom: {facts}")
 
 
+GIVES_WAY = ("skipped", "cancelled", "waiting", "rate", "eta", "time", "failed")  # in a narrow window
+
+
 class _TerminalBars(_Board):
     """The bars on a terminal: a line on all tasks, and a row for each that has run for a moment. The calling
     thread starts it, the screen's asks for the lines.
@@ -1826,8 +1829,21 @@ class _TerminalBars(_Board):
         self._rows += [(id, 0.0) for id in islice(new, room - len(rows))]
 
     def _total_line(self, facts: dict[str, str], width: int) -> str:
-        part = min(self.work() / self.total, 1.0) if self.total else None if self.total is None else 1.0
-        return _total_line(facts, part, width, self._style)
+        """The line on all tasks, of `width` - 1 cells: as many facts as fit, and of the bar what is left."""
+        room, style, bar = max(width - 1, 0), self._style, ""
+        for name in GIVES_WAY:
+            if len("  ".join(filter(None, facts.values()))) > room:
+                facts = {**facts, name: ""}
+        text = _head("  ".join(filter(None, facts.values())), room)
+        label = "All tasks " * (len("All tasks " + text) <= room)
+        left = room - len(label + text)
+        length = min(40, max(room - 69, 10), left - len(" 100%  "))  # so that it seldom changes
+        if self.total is not None and length >= 5:
+            part = min(self.work() / self.total, 1.0) if self.total else 1.0
+            bar = f"{style.bar(part, length)} {int(100 * part):3}%  "
+            left -= length + len(" 100%  ")
+        red = facts["failed"]
+        return label + bar + text.replace(red, style.paint("31", red), bool(red)) + " " * left
 
 
 def _clock(seconds: float) -> str:
@@ -1942,27 +1958,6 @@ def _lines(bars: list[_Bar], width: int, style: _Style, names: int = 0) -> Itera
             text = f"{_clock(now - bar.began) if bar.began else '':>9}  {bar.text}"
             rest = _fit(text, room - names - length - 6)
             yield f"{_fit(bar.name, names, style.dots)} {drawn} {sign:>4}{rest}"
-
-
-GIVES_WAY = ("skipped", "cancelled", "waiting", "rate", "eta", "time", "failed")  # in a narrow window
-
-
-def _total_line(facts: dict[str, str], fraction: float | None, width: int, style: _Style) -> str:
-    """The line on all tasks, of `width` - 1 cells: of the facts as many as fit, of the bar what is left."""
-    room = max(width - 1, 0)
-    for name in GIVES_WAY:
-        if len("  ".join(filter(None, facts.values()))) > room:
-            facts = {**facts, name: ""}
-    text, part, bar = _head("  ".join(filter(None, facts.values())), room), fraction or 0.0, ""
-    length = min(40, max(room - 69, 10), room - len("All tasks  100%  " + text))  # so that it seldom changes
-    if fraction is None or length < 5:
-        length = -7
-    else:
-        bar = f"{style.bar(part, length)} {int(100 * part):3}%  "
-    label = "All tasks " * (len("All tasks " + text) <= room)
-    left = " " * (room - len(label + text) - length - 7)
-    red = facts["failed"]
-    return label + bar + text.replace(red, style.paint("31", red), bool(red)) + left
 
 
 class _Screen:
