@@ -2230,27 +2230,23 @@ class _AnsiProgress:
     def lines(self, width: int, room: int) -> list[str]:
         return list(islice(_lines(list(self.tasks.copy().values()), width, _Style(sys.stderr)), room))
 
-    def start(self) -> None:
-        """Show the bars until stop()."""
+    def start(self) -> Any:
+        """Show the bars until stop(), as a `with` block does."""
         if _is_terminal(sys.stderr):
             _Screen.show(self)
+        return self
 
-    def stop(self) -> None:
+    def stop(self, *_: object) -> None:
         """Leave the bars on the screen as they are, or clear them if they are transient."""
         _Screen.hide(self)
+
+    __enter__, __exit__ = start, stop
 
     def refresh(self) -> None:
         """For Rich's users; the bars are drawn ten times a second anyway."""
 
     def kept(self, width: int) -> list[str]:
         return [] if self.transient else self.lines(width, BACKLOG)
-
-    def __enter__(self) -> Any:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 def _without_markup(text: str) -> str:
