@@ -720,7 +720,7 @@ class Channel:
         self.failure: BaseException | None = None
 
     def put(
-        self, sender: _Attempt | None, message: Any, rows: int = 0, last: bool = False, wait: bool = True
+        self, sender: _Attempt, message: Any, rows: int = 0, last: bool = False, wait: bool = True
     ) -> bool:
         """Hand over a message, waiting while the channel is full; False if the sender is closed.
 
@@ -733,9 +733,6 @@ class Channel:
             raise self.failure
         if rows > 1:
             self._rows += rows  # before they come; too many, if the sender is closed: see _wait_for_room
-        if sender is None:
-            self._queue.put((None, message))
-            return True
         with sender.lock:
             if sender.closed:
                 return False
@@ -743,17 +740,19 @@ class Channel:
             self._queue.put((sender, message))
         return True
 
-    def push(self, sender: _Attempt, message: Any) -> None:
-        """The same where the sender's lock is held: it does not wait, and is for one message an attempt."""
+    def push(self, sender: _Attempt | None, message: Any) -> None:
+        """The same for the run's own messages, and where the sender's lock is held: it does not wait, and is
+        for one message an attempt, or a stage.
+        """
         if self.failure is not None:
             raise self.failure
         self._queue.put((sender, message))
 
-    def _wait_for_room(self, sender: _Attempt | None) -> None:
+    def _wait_for_room(self, sender: _Attempt) -> None:
         """Not for what is refused, nor where nobody would make room: the garbage collector may call an old
         task's finalizer in any thread, and a child that a task has forked has no writer.
         """
-        if get_ident() == self._reader or os.getpid() != self._pid or (sender and sender.closed):
+        if get_ident() == self._reader or os.getpid() != self._pid or sender.closed:
             return
         with self._room:
             # Not where there is no item: it is for these that the writer comes, and then forgets the rows.
@@ -3782,7 +3781,7 @@ class _Intake:
             stage.lone, stage.size, stage.items = True, 1, iter([None])
             return stage.items
         if self._roster.old > NEVER and stage.name:  # an earlier run may have stored that row
-            self._run.channel.put(None, MsgExecute(FORGET, (stage.name,)), wait=False)
+            self._run.channel.push(None, MsgExecute(FORGET, (stage.name,)))
         try:
             self._run.signals.pulling = True
             items = stage.declared.items()
@@ -3896,7 +3895,7 @@ class _Run:
         total, run_id = self.graph.total(), self.writer.status.run_id
         self.display.know(total, self.tally.counts["skipped"])
         if run_id is not None:
-            self.channel.put(None, MsgExecute(SET_TOTAL, (total, run_id)), wait=False)
+            self.channel.push(None, MsgExecute(SET_TOTAL, (total, run_id)))
 
     def result(self) -> RunResult:
         tally, counts = self.tally, dict(self.tally.counts)

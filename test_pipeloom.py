@@ -6748,25 +6748,27 @@ def test_a_mistyped_command_suggests_the_right_one(capsys, typed, meant):
 
 # ---- Room: channel -------------------------------------------------------------------------------------
 
+SENDER = SimpleNamespace(lock=nullcontext(), closed=False)
+
 
 def test_a_full_channel_holds_its_producer_until_it_is_drained():
     channel, entered, done = pipeloom.Channel(limit=2), threading.Event(), threading.Event()
 
     def produce():
-        channel.put(None, 1)
-        channel.put(None, 2)
+        channel.put(SENDER, 1)
+        channel.put(SENDER, 2)
         entered.set()
-        channel.put(None, 3)
+        channel.put(SENDER, 3)
         done.set()
 
     thread = threading.Thread(target=produce)
     thread.start()
     assert entered.wait(WAIT) and not done.wait(0.05)
     batches = channel.batches()
-    assert next(batches) == [(None, 1), (None, 2)]
+    assert next(batches) == [(SENDER, 1), (SENDER, 2)]
     assert done.wait(WAIT)
     channel.close()
-    assert list(batches) == [[(None, 3)]]
+    assert list(batches) == [[(SENDER, 3)]]
     thread.join(WAIT)
 
 
@@ -6775,14 +6777,14 @@ def test_rows_fill_the_channel_until_their_message_is_drained():
 
     def produce():
         for number in (2, 3):
-            channel.put(None, number)
+            channel.put(SENDER, number)
         done.set()
 
-    channel.put(None, 1, rows=20)
+    channel.put(SENDER, 1, rows=20)
     thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     assert not done.wait(0.05)
-    assert next(channel.batches()) == [(None, 1)]
+    assert next(channel.batches()) == [(SENDER, 1)]
     assert done.wait(WAIT)  # both, although nobody has drained the first
     thread.join(WAIT)
 
@@ -6792,7 +6794,7 @@ def test_what_many_threads_put_arrives_once_and_in_the_order_of_each(many_switch
 
     def produce(who):
         for number in range(1_000):
-            channel.put(None, (who, number), rows=number % 3)
+            channel.put(SENDER, (who, number), rows=number % 3)
 
     def take():
         for items in channel.batches():
@@ -6810,7 +6812,7 @@ def test_what_many_threads_put_arrives_once_and_in_the_order_of_each(many_switch
 
 def test_a_full_channel_refuses_a_closed_sender_at_once():
     channel, sender = pipeloom.Channel(limit=1), SimpleNamespace(lock=threading.Lock(), closed=True)
-    channel.put(None, "fills it")
+    channel.put(SENDER, "fills it")
     assert channel.put(sender, "late") is False  # nobody drains it: this would wait for ever
 
 
@@ -6839,11 +6841,11 @@ def test_when_two_threads_end_an_attempt_at_once_one_wins():
 
 def test_a_channel_that_fails_releases_every_waiting_producer():
     channel, raised = pipeloom.Channel(limit=1), []
-    channel.put(None, 0)
+    channel.put(SENDER, 0)
 
     def produce():
         with pytest.raises(pipeloom.WriterFailed) as error:
-            channel.put(None, 1)
+            channel.put(SENDER, 1)
         raised.append(error.value)
 
     threads = [threading.Thread(target=produce) for _ in range(4)]
