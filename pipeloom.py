@@ -1015,7 +1015,7 @@ class _Status:
 
     def __init__(self, store: _Store, kept: bool, shows: bool) -> None:
         self._store = store
-        self._kept = kept  # else there are no such tables, and all this says is what has settled
+        self.kept = kept  # else there are no such tables, and all this says is what has settled
         self.shows = shows  # somebody wants the news; a run sets it before its first task
         self.run_id: int | None = None
         self.sender: _Attempt | None = None  # of the message that is being applied
@@ -1027,8 +1027,8 @@ class _Status:
 
     def open(self, run: _Run | None) -> None:
         """Make the tables, or complete them, and note that a run begins."""
-        init_schema(self._store.conn, store_task_status=self._kept)
-        if not self._kept:
+        init_schema(self._store.conn, store_task_status=self.kept)
+        if not self.kept:
             return
         from socket import gethostname
 
@@ -1046,7 +1046,7 @@ class _Status:
 
     def end(self, status: str, reason: str, counts: Sequence[int]) -> None:
         """Note how the run ended, and that nothing more will."""
-        if self._kept:
+        if self.kept:
             if self._unfinished:
                 self._store.conn.execute(UNFINISHED_TASKS, (reason or "never finished", _now()))
             self._store.conn.execute(FINISH_RUN, (_now(), status, *counts, sum(counts), self.run_id))
@@ -1118,7 +1118,7 @@ class _Status:
         id, sender = m.task_id, self._own_sender(m)
         if id in self._unfinished:
             return _TaskRow(*_row_values(self._unfinished[id]))
-        if id <= self.last_id and self._kept and sender is None:
+        if id <= self.last_id and self.kept and sender is None:
             cursor = self._store.conn.cursor()
             cursor.row_factory = None  # a handler may have set the connection's
             found = cursor.execute(LOAD_TASK, (id,)).fetchone()
@@ -1128,7 +1128,7 @@ class _Status:
         return _TaskRow(id, name, QUEUED, attempts=attempts, run_id=self.run_id)
 
     def write(self) -> None:
-        if self._kept and self._pending:
+        if self.kept and self._pending:
             _insert(self._store.conn, STORE_TASKS, list(map(_row_values, self._pending.values())))
 
     def committed(self) -> None:
@@ -1191,7 +1191,7 @@ class SQLiteWriter(threading.Thread):
         try:
             if self._engine is None:  # a run has done so
                 self._display.open()
-                _check_database(self.store.shown)
+                _check_database(self.store.shown, self.status.kept)
             self.store.open(self._prepare)
             self.opened = True
             self._ring()
@@ -1237,13 +1237,7 @@ class SQLiteWriter(threading.Thread):
 
     def _prepare(self) -> None:
         self.status.open(self._engine)
-        for statement in _statements(self._schema):
-            try:
-                self.conn.execute(statement)
-            except sqlite3.Error as error:
-                if _trouble(error) in PASSING:
-                    raise
-                raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
+        _run_schema(self.conn, self._schema)
 
     # One batch, one transaction
 
@@ -1346,6 +1340,16 @@ class SQLiteWriter(threading.Thread):
 
     def _call(self, handler: Handler, message: Any) -> None:
         handler(self.conn, message)
+
+
+def _run_schema(conn: sqlite3.Connection, script: str) -> None:
+    for statement in _statements(script):
+        try:
+            conn.execute(statement)
+        except sqlite3.Error as error:
+            if _trouble(error) in PASSING:
+                raise
+            raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
 
 
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
@@ -2543,17 +2547,7 @@ class TaskContext:
         self._count(len(rows) + _rows_in(sent))
 
     def _count(self, rows: int) -> None:
-        before, self._held_rows = self._held_rows, self._held_rows + rows
-        if before < MANY_ROWS <= before + rows:
-            self.tell(
-                logging.WARNING,
-                "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
-                self.name,
-                before + rows,
-            )
-
-    def tell(self, level: int, told: str, *arguments: Any) -> None:
-        logger.log(level, told, *arguments)
+        self._held_rows += rows
 
     def _send_rows(self, sql: str, rows: list[Any]) -> None:
         _check_sql(sql)
@@ -2655,6 +2649,12 @@ class _Attempt(TaskContext):
         if not self.run.channel.put(self, sent, _rows_in(sent)):
             self._refuse_if_closed(sent)
         return None
+
+    def _count(self, rows: int) -> None:
+        super()._count(rows)
+        if self._held_rows - rows < MANY_ROWS <= self._held_rows and self._terms.executor is None:
+            told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
+            self.tell(logging.WARNING, told, self.name, self._held_rows)
 
     def tell(self, level: int, told: str, *arguments: Any) -> None:
         self.run.display.tell(level, told, *arguments)
@@ -4136,8 +4136,8 @@ def _check_function(what: str, function: Any, /, *arguments: str, **named: Any) 
     try:
         signature(function).bind(*arguments, **named)
     except TypeError as error:
-        given = ", ".join([*arguments, *named])
-        raise UsageTypeError(f"{what} cannot be called with ({given}): {error}") from None
+        given, hint = ", ".join([*arguments, *named]), "" if arguments else "; pass --arg KEY=VALUE"
+        raise UsageTypeError(f"{what} cannot be called with ({given}): {error}{hint}") from None
     except ValueError:  # a builtin that does not tell its parameters
         return
 
@@ -4836,12 +4836,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     if not argv:
         parser.error(f"expected a command; to see it work: {parser.prog} demo")
-    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(argv[0], COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(COMMANDS)}"
-        parser.error(f"there is no command {argv[0]!r}: {hint}")
     return _execute(parser, argv)
 
 
@@ -5070,7 +5064,7 @@ def _new_parser(
     parser = (of.add_parser if of else Parser)(
         prog=prog,
         add_help=False,  # it has a line of its own in every help
-        usage=f"{prog} {usage}",
+        usage=f"{prog} {usage}".replace("%", "%%"),
         description=text,
         epilog="\n".join(f"example: {prog} {example}".rstrip() for example in examples),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
@@ -5099,7 +5093,7 @@ def _parser() -> Any:
 
 def _pipeline_parser(pipe: Pipeline) -> Any:
     me, text = " ".join(_this_program()), "Run the tasks of this pipeline."
-    database = _value("FILE", f"the database (default: {pipe.db_path})")
+    database = _value("FILE", f"the database (default: {pipe.db_path})".replace("%", "%%"))
     parser = _new_parser(me, {"--db": database, **FUNCTION_RUN}, "[options]", text, "--resume", "--dry-run")
     parser.set_defaults(command=lambda args: _Session(args).call(pipe.run))
     return parser
@@ -5173,9 +5167,9 @@ def _load_target(target: str) -> Any:
     try:
         found = attrgetter(name)(found)
     except AttributeError:
-        raise UsageError(
-            f"{what}: {place!r} has no {name!r}; name a function of it, as {place}:name"
-        ) from None
+        found = main
+    if found is main:  # it has none, but for what `import *` brings
+        raise UsageError(f"{what}: {place!r} has no {name!r}; name a function of it, as {place}:name")
     if not callable(found) and not isinstance(found, Pipeline):
         raise UsageError(f"{what} is {found!r}, which cannot be called; pass a function or a Pipeline")
     return found
