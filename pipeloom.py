@@ -4266,8 +4266,13 @@ class Pipeline:
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
-        if _Session.importing or sys._getframe(1).f_globals.get("__name__") == "__mp_main__":
-            return  # type: ignore[misc]  # `pipeloom run` imports the file, or a process of --processes
+        if sys._getframe(1).f_globals.get("__name__") == "__mp_main__":  # a process of --processes imports it
+            return  # type: ignore[misc]
+        if _Session.importing:
+            raise UsageError(
+                "pipe.main() was called while the file was being imported; "
+                "put it under `if __name__ == '__main__':`"
+            )
         if _Session.current is not None:  # `pipeloom run` has called the function that called this
             self.run()
             sys.exit()  # with the code of that session

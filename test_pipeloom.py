@@ -273,13 +273,14 @@ def bad_folder(tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_text("def main(:\n")
     (tmp_path / "two.py").write_text("from pipeloom import *\na, b = Pipeline('a'), Pipeline('b')")
     (tmp_path / "none.py").write_text("from pipeloom import *")
+    (tmp_path / "now.py").write_text("from pipeloom import *\nPipeline('a').main()")
     (tmp_path / "pipe.py").write_text(
         "from pipeloom import *\npipe = Pipeline('a')\npipe.task(print, name='a')"
     )
     before, modules = contents(tmp_path), set(sys.modules)
     yield tmp_path
     assert contents(tmp_path) == before
-    for name in {"bad", "two", "none", "pipe"} - modules:
+    for name in {"bad", "two", "none", "now", "pipe"} - modules:
         sys.modules.pop(name, None)
 
 
@@ -3330,6 +3331,7 @@ BAD_COMMANDS = [
     (["run", "bad.py"], "target 'bad.py' cannot be imported: SyntaxError: "),
     (["run", "none.py"], "target 'none.py': 'none.py' has no 'main'; name a function of it, as none.py:name"),
     (["run", "two.py"], "target 'two.py' has 2 pipelines; name one, as two.py:name"),
+    (["run", "now.py"], "pipe.main() was called while the file was being imported; put it under `if __name__ == '__main__':`"),
     (["run", "pipe.py", "--arg", "a=1"], "--arg: pipe.py is a Pipeline, which takes no arguments; pass a function instead"),
     (["run", "pipe.py", "--retries", "x"], "--retries: 'x': expected a whole number from 0"),
     (["run", "pipe.py", "--timeout", "0"], "timeout=0.0: expected a number of seconds above 0"),
@@ -5691,7 +5693,6 @@ def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works
             ("-m job", "", False),
             ("-m pipeloom run job.py", "", True),
             ("-m pipeloom run job.py", "def main(): pipe.main()", True),
-            ("-m pipeloom run job.py", "pipe.main()", True),
             ("-m pipeloom run -- job.py", "def main(): pipe.run()", False),
         ],
     )
