@@ -3799,6 +3799,14 @@ def test_a_writer_alone_that_fails_keeps_nobody_who_joins_its_queue(db):
         run_alone(db, User("a", "b"), *starts, limit=1, handlers={User: lambda conn, user: db.unlink()})
 
 
+def test_a_writer_alone_that_keeps_no_status_has_no_say_in_a_table_of_that_name(db):
+    execute(db, "CREATE TABLE task_runs(own)")
+    run_alone(db, MsgExecute("INSERT INTO task_runs VALUES (1)"), store_task_status=False)
+    assert rows(db, "SELECT * FROM task_runs") == [(1,)]
+    with pytest.raises(pipeloom.DatabaseError, match="has a table task_runs that"):
+        run_alone(db)
+
+
 def test_a_plain_queue_is_checked_as_well(db):
     run_alone(
         db,
@@ -4102,6 +4110,10 @@ def test_a_task_that_holds_very_many_rows_is_told_once_of_atomic_false(db, how, 
     told = [record.getMessage() for record in caplog.records if "atomic=False" in record.getMessage()]
     number = 105 if how == "both" else 100  # what executemany sends is counted with the rows before it
     assert told == [f"task 'many' holds {number} rows in memory until it is done; atomic=False streams them instead"]
+    caplog.clear()
+    with ThreadPoolExecutor(1) as executor:  # where atomic=False is refused
+        run(["many"], db, work, executor=executor, schema="DELETE FROM users")
+    assert rows(db, "SELECT count(*) FROM users") == [(260,)] and not caplog.records
 
 
 def test_many_rows_of_many_shapes_arrive_whole(db):
