@@ -4841,6 +4841,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     if not argv:
         parser.error(f"expected a command; to see it work: {parser.prog} demo")
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(argv[0], COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {argv[0]!r}: {hint}")
     return _execute(parser, argv)
 
 

@@ -3306,7 +3306,7 @@ def test_wrong_use_is_one_clear_error_and_nothing_is_written(bad_folder, call, e
 
 BAD_COMMANDS = [
     ([], "to see it work"),
-    (["dance"], "invalid choice: 'dance' (choose from ...demo...init-db...); see "),
+    (["dance"], "there is no command 'dance': expected demo, run, sh, status, init-db; see "),
     (["demo", "-n", "0"], "--num-tasks: '0': expected a whole number from 1"),
     (["demo", "-n", "-3"], "'-3': expected a whole number from 1"),
     (["demo", "-w", "0"], "--workers: '0': expected a whole number from 1"),
@@ -6755,6 +6755,12 @@ def test_the_examples_of_the_help_work(homes):
         assert (home / "a.log.gz").exists() == ("gzip" in example)
 
     at_once(one, [(command, number) for command in ("", *pipeloom.COMMANDS) for number in (0, 1)])
+
+
+@pytest.mark.parametrize("typed, meant", [("staus", "status"), ("dmeo", "demo"), ("init", "init-db"), ("shell", "sh")])
+def test_a_mistyped_command_suggests_the_right_one(capsys, typed, meant):
+    assert cli(typed) == 2
+    assert f"no command {typed!r}: did you mean {meant!r}?" in capsys.readouterr().err
 
 
 # ---- Room: channel -------------------------------------------------------------------------------------
