@@ -2664,7 +2664,7 @@ class _Attempt(TaskContext):
         with self.lock:
             if self.started_at or self.closed:
                 return False
-            self.started_at = _now()
+            self.started_at, self.trouble = _now(), _NO_TROUBLE
             self.run.channel.push(self, STARTED)
         self.enter()
         return True

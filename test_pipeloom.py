@@ -4704,6 +4704,17 @@ def test_the_nearer_option_wins(db):
     assert sorted(tried[3:]) == ["other", "other", "other", "own"]
 
 
+def test_a_failure_that_is_told_is_not_shown_with_what_an_attempt_before_has_raised(db):
+    def work(task, ctx):
+        if ctx.attempt == 1:
+            raise ValueError("first")
+        ctx.put(MsgTaskFinished(ctx.task_id, "error", "now", message="told"))
+
+    result = run([1], db, work, retries=1, retry_delay=0)  # check=True raises what was raised, and nothing was
+    assert result.causes == {"told": 1} and result.failures == [pipeloom.Failure("1", "told", None, "told")]
+    assert rows(db, "SELECT message, traceback FROM task_runs") == [("told", None)]
+
+
 def test_a_task_may_have_an_executor_of_its_own(db):
     with ThreadPoolExecutor(1, "its") as its, ThreadPoolExecutor(1, "all") as everybodys:
         pipe = Pipeline(db, progress="none", executor=everybodys)
