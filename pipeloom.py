@@ -2367,7 +2367,7 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
 
 MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
-_Terms = namedtuple("_Terms", "path kinds limit retries retry_delay timeout atomic executor")  # of a stage
+_Terms = namedtuple("_Terms", "path kinds limit packs retries retry_delay timeout atomic executor")
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
 _Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
@@ -2773,6 +2773,8 @@ ENGINE = (_place.__code__.co_filename, threading.__file__, LIBRARY + "asyncio", 
 FAILURES_KEPT = 100  # in a RunResult, and as many causes
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
+TOGETHER = 16  # so many tasks share the way to a process at most,
+QUICK = 0.005  # as long as they take no more seconds than that
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
 
@@ -2865,7 +2867,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {  # default,
     "atomic": (True, None, ""),
 }
 WRITER_OPTIONS = ("wal", "store_task_status", "schema", "handlers", "busy_timeout", "durable")
-STAGE_OPTIONS = _Terms._fields[3:]  # a stage may have its own
+STAGE_OPTIONS = _Terms._fields[4:]  # a stage may have its own
 
 
 def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] = OPTIONS) -> None:
@@ -2957,7 +2959,7 @@ class _Stage:
         chosen = {**options, **declared.options}
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
         terms = {name: chosen[name] for name in STAGE_OPTIONS}
-        self.terms = _Terms(writer.store.path, writer.kinds, limit, **terms)
+        self.terms = _Terms(writer.store.path, writer.kinds, limit, packs=False, **terms)
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
@@ -3262,20 +3264,23 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
         return [], None, _told(error)
 
 
-def _packed(call: tuple[Any, ...], item: object) -> bytes:
+def _packed(call: tuple[Any, ...], item: object) -> Any:
+    """In bytes. An error is what the call is to raise there, as others travel with it."""
     from pickle import dumps
 
     try:
         return dumps(call)
     except Exception as error:
-        raise UsageError(f"item {item!r:.80} cannot be sent to another process: {_describe(error)}") from None
+        return UsageError(f"item {item!r:.80} cannot be sent to another process: {_describe(error)}")
 
 
-def _call_packed(packed: bytes) -> bytes:
+def _call_packed(packed: Any) -> bytes:
     """The same for the library's pool, all of which breaks if a process gets what it cannot unpickle."""
     from pickle import dumps, loads
 
     try:
+        if isinstance(packed, UsageError):
+            raise packed
         done = _call_there(*loads(packed))
     except BaseException as error:
         done = [], None, _told(error)
@@ -3284,6 +3289,68 @@ def _call_packed(packed: bytes) -> bytes:
     except Exception as error:
         refused = MessageRefused(f"a row or message cannot be sent to another process: {_describe(error)}")
         return dumps(([], None, _told(refused)))
+
+
+def _call_in_turn(calls: list[Any]) -> tuple[list[bytes], bool]:
+    """Call them until QUICK seconds are over, and say whether they are not. The rest has to come again, so
+    that what one long task delays is no other long task.
+    """
+    done: list[bytes] = []
+    until = time.monotonic() + QUICK
+    for call in calls:
+        done.append(_call_packed(call))
+        if time.monotonic() >= until:
+            return done, False
+    return done, True
+
+
+class _Parcel:
+    """Attempts that a worker sends to an executor at once; it takes their results one by one, in their order.
+
+    Mostly it is one. Short ones share the way to a process, which takes 0.2 ms. For the worker's thread.
+    """
+
+    def __init__(self, run: _Run, attempts: list[_Attempt]) -> None:
+        self._run, self._stage = run, attempts[0].stage
+        self._attempts = attempts[:]  # those without a result
+        self._future: Any = None  # of these
+        self._results: list[Any] = []  # of those before them, the last first
+        self.is_quick = True  # all that has come back so far
+
+    def result(self, ctx: _Attempt) -> object:
+        """What the next one's function has returned, or raised; its rows are with `ctx` then."""
+        from pickle import loads
+
+        packs = self._stage.terms.packs
+        if not self._results:
+            if self._future is None:
+                self._send()
+            done = _awaited(ctx, self._future)  # if that fails, each of them has the error
+            results, quick = done if packs else ([done], False)
+            self.is_quick = self.is_quick and quick
+            self._results, self._future = results[::-1], None
+            del self._attempts[: len(results)]
+        result = self._results.pop()
+        messages, value, told = loads(result) if packs else result
+        for message in messages:
+            ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
+        if told is not None:
+            raise _ToldError(*told)
+        return value
+
+    def _send(self) -> None:
+        if self._run.stopping:  # what has to come again has not started there
+            raise TaskCancelled(self._run.stopping)
+        declared, terms = self._stage.declared, self._stage.terms
+        made_of = declared.call, declared.function, terms._replace(executor=None)
+        calls = [(*made_of, ctx.task, ctx.task_id, ctx.name, ctx.attempt) for ctx in self._attempts]
+        packed = (_call_in_turn, [_packed(call, call[3]) for call in calls]) if terms.packs else ()
+        try:
+            self._future = terms.executor.submit(*(packed or (_call_there, *calls[0])))
+        except RuntimeError as error:  # it is shut down, or broken for good
+            told = f"the executor takes no more tasks: {error}"
+            self._run.stop(f"not started: {told}")
+            raise _ToldError(told, None, told) from None
 
 
 class _TaskThread(threading.Thread):
@@ -3299,11 +3366,12 @@ class _Worker(_TaskThread):
     def __init__(self, run: _Run, crew: _Crew) -> None:
         super().__init__(name="pipeloom-worker", daemon=True)
         self._run, self._crew = run, crew
+        self._together = 1  # so many tasks go to a process at once
 
     def run(self) -> None:
         run, crew = self._run, self._crew
         while True:
-            ctx = None
+            ctx, more = None, []
             try:
                 if crew.ready.qsize() in (0, crew.room // 2):
                     run.wake.ring()
@@ -3312,22 +3380,54 @@ class _Worker(_TaskThread):
                 if ctx is None:
                     return crew.ready.put(None)  # for the next one
                 self.name = ctx.name
-                self._attempt(ctx)
+                if ctx.stage.terms.timeout is not None:
+                    self._attempt(ctx, self._call_in_time)
+                elif ctx.stage.terms.packs:
+                    more = [ctx] * self._together  # first: what is taken has its place, without memory
+                    self._attempt_together(more)
+                else:
+                    self._attempt(ctx, self._call)
             except WriterFailed:
                 return None
             except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
                 if ctx is not None:
                     ctx.lost = crew.has_lost = True
+                for other in more:
+                    other.lost = True
             if ctx is not None and ctx.abandoned:
                 return None
 
-    def _attempt(self, ctx: _Attempt) -> None:
+    def _attempt_together(self, mine: list[Any]) -> None:
+        """Attempt the first of these, and in the places of the others what else of its stage is ready."""
+        crew, stage = self._crew, mine[0].stage
+        with suppress(queue.Empty):
+            for place in range(1, min(len(mine), crew.ready.qsize() // crew.size)):  # no more than its share
+                mine[place] = crew.ready.get_nowait()
+                if mine[place] is None or mine[place].stage is not stage:
+                    crew.ready.put(mine[place])
+                    mine[place] = mine[0]
+                    break
+        self._run.wake.ring()
+        begun = [ctx for ctx in mine if self._begins(ctx)]  # which each does once
+        if not begun:
+            return
+        parcel = _Parcel(self._run, begun)
+        for ctx in begun:
+            self._end(ctx, parcel.result)
+        self._together = min(2 * self._together, TOGETHER) if parcel.is_quick else 1
+
+    def _attempt(self, ctx: _Attempt, call: Callable[[_Attempt], object]) -> None:
+        if self._begins(ctx):
+            self._end(ctx, call)
+
+    def _begins(self, ctx: _Attempt) -> bool:
         if self._run.stopping:
             ctx.cancel_unstarted(self._run.stopping)
-        if not ctx.begin():
-            return
+        return ctx.begin()
+
+    def _end(self, ctx: _Attempt, call: Callable[[_Attempt], object]) -> None:
         try:
-            value = self._call(ctx) if ctx.stage.terms.timeout is None else self._call_in_time(ctx)
+            value = call(ctx)
             finish = _Finish(ctx.task_id, DONE, _now(), _result_text(value), "")
             if not ctx.closed:  # by the worker's own word
                 ctx.finish(finish)
@@ -3341,7 +3441,7 @@ class _Worker(_TaskThread):
     def _call(self, ctx: _Attempt) -> object:
         declared = ctx.stage.declared
         if ctx.stage.terms.executor is not None:
-            return self._call_elsewhere(ctx)
+            return _Parcel(self._run, [ctx]).result(ctx)
         try:
             value = declared.call(declared.function, ctx)
         finally:
@@ -3351,28 +3451,6 @@ class _Worker(_TaskThread):
             value, error = _awaited(ctx, self._crew.loop.submit(ctx, value))
             if error is not None:
                 raise error
-        return value
-
-    def _call_elsewhere(self, ctx: _Attempt) -> object:
-        from concurrent.futures import ProcessPoolExecutor
-        from pickle import loads
-
-        declared, executor = ctx.stage.declared, ctx.stage.terms.executor
-        made_of = ctx.stage.terms._replace(executor=None), ctx.task, ctx.task_id, ctx.name, ctx.attempt
-        call, packs = (declared.call, declared.function, *made_of), isinstance(executor, ProcessPoolExecutor)
-        sent = (_call_packed, _packed(call, ctx.task)) if packs else (_call_there, *call)
-        try:
-            future = executor.submit(*sent)
-        except RuntimeError as error:  # it is shut down, or broken for good
-            told = f"the executor takes no more tasks: {error}"
-            self._run.stop(f"not started: {told}")
-            raise _ToldError(told, None, told) from None
-        done = _awaited(ctx, future)
-        messages, value, told = loads(done) if packs else done
-        for message in messages:
-            ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
-        if told is not None:
-            raise _ToldError(*told)
         return value
 
     def _call_in_time(self, ctx: _Attempt) -> object:
@@ -4043,6 +4121,7 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         elif not stage.terms.atomic:
             why = "has atomic=False, which streams rows in this process"
         elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
+            stage.terms = stage.terms._replace(packs=True)
             try:
                 dumps(function)
             except Exception as error:

@@ -39,7 +39,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -786,6 +786,31 @@ def in_a_process(ctx, number):
 
 def in_a_process_for_long(ctx, seconds):
     time.sleep(0.6)
+
+
+def short_in_a_process(ctx, item):
+    number, marker, _ = item
+    ctx.execute("INSERT INTO made VALUES (?, ?)", (number, ctx.attempt))
+    kind = number % 20
+    if kind == 5:
+        time.sleep(4 * pipeloom.QUICK)
+    if kind == 6:
+        raise ValueError(number)
+    if kind == 7:
+        ctx.put(MsgTaskFinished(ctx.task_id, "error", "now", message="told"))
+    if kind == 8 and ctx.attempt == 1:
+        raise ValueError("once")
+    if kind == 9:
+        ctx.put(Squared(lambda: None))
+    if marker and number == 150:
+        kill_once(marker)
+    return number
+
+
+def kill_once(marker):
+    with suppress(FileExistsError):
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def awaited(ctx):
@@ -4985,6 +5010,98 @@ def test_functions_run_in_processes_and_all_promises_stay(db):
         (2, '{"number": 5}')
     ]
     assert rows(db, "SELECT result FROM task_runs WHERE name = 'in_a_process[6]'") == [("1",)]
+
+
+class Counted(ProcessPoolExecutor):
+    sent = 0
+
+    def submit(self, *arguments):
+        self.sent += 1
+        return super().submit(*arguments)
+
+
+def test_short_tasks_share_the_way_to_a_process_and_each_has_an_end_of_its_own(db):
+    def items(first):
+        return [(number, "", len if number % 20 != 10 else lambda: None) for number in range(first, first + 200)]
+
+    with Counted(2, mp_context=get_context("spawn")) as executor:
+        executor.submit(int).result()
+        pipe = Pipeline(db, schema="CREATE TABLE made(number, attempt)", progress="none", check=False,
+                        executor=executor, workers=4, retries=1, retry_delay=0)  # fmt: skip
+        pipe.handles(Squared)(lambda conn, m: None)
+        for first in (0, 200):  # two stages at once, which do not share
+            pipe.task(short_in_a_process, name=f"stage{first}", each=items(first))
+        result = pipe.run()
+        assert executor.sent < 400  # and 60 of these tasks were sent again
+    assert (result.done, result.error, result.cancelled) == (320, 80, 0)
+    done = [number for number in range(400) if number % 20 not in (6, 7, 9, 10)]
+    assert rows(db, "SELECT * FROM made ORDER BY 1") == [(number, 1 + (number % 20 == 8)) for number in done]
+    assert rows(db, "SELECT result FROM task_runs WHERE status = 'done' ORDER BY CAST(result AS INT)") == [
+        (str(number),) for number in done
+    ]
+    told = Counter(re.match(r"\w+", cause)[0] for cause in Counter(result.causes).elements())
+    assert told == {"MessageRefused": 20, "UsageError": 20, "ValueError": 20, "told": 20}
+
+
+@needs_posix
+def test_of_tasks_that_share_the_way_to_a_process_that_dies_each_is_tried_again(db, tmp_path):
+    items = [(number, str(tmp_path / "died"), None) for number in range(300) if number % 20 < 5 or number == 150]
+    with pipeloom._processes() as executor:
+        pipe = Pipeline(db, schema="CREATE TABLE made(number, attempt)", progress="none", check=False,
+                        executor=executor, workers=1, retries=1, retry_delay=0)  # fmt: skip
+        pipe.task(short_in_a_process, each=items)
+        result = pipe.run()
+    del executor, pipe
+    gc.collect()  # their files
+    assert result.ok, result.causes
+    made = rows(db, "SELECT * FROM made ORDER BY 1")
+    assert [number for number, _ in made] == [number for number, *_ in items]
+    again = [number for number, attempt in made if attempt == 2]
+    assert 150 in again and len(again) <= pipeloom.TOGETHER
+
+
+class Inline(ProcessPoolExecutor):
+    """It calls at once, in the thread that submits."""
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+INLINE = SimpleNamespace()  # what a function that is pickled finds
+
+
+def long_inline(task, ctx):
+    INLINE.called.append(task)
+    if task == 20:  # not the last of its parcel
+        os.kill(os.getpid(), signal.SIGINT)
+        assert INLINE.told.wait(WAIT)
+        time.sleep(2 * pipeloom.QUICK)
+
+
+@needs_posix
+def test_ctrl_c_cancels_what_shares_the_way_with_a_long_task_and_has_not_been_called(db):
+    class Told(logging.Handler):
+        def emit(self, record):
+            if "no new tasks" in record.getMessage():
+                INLINE.told.set()
+
+    INLINE.called, INLINE.told = [], threading.Event()
+    handler = Told()
+    pipeloom.logger.addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(range(200), db, long_inline, executor=Inline(1), workers=1)
+    finally:
+        pipeloom.logger.removeHandler(handler)
+    assert INLINE.called == list(range(21))
+    counts = dict(rows(db, "SELECT status, count(*) FROM task_runs GROUP BY status"))
+    assert counts["done"] == 21 and set(counts) <= {"done", "cancelled"}
+    INLINE.called.clear()
+    assert run(range(200), db, long_inline, executor=Inline(1), workers=1, resume=True).done == 179
+    gc.collect()  # the pools' files
+    assert INLINE.called == list(range(21, 200))
 
 
 NOT_PICKLED = "cannot be sent to another process: .*; define it with def at the top of a module, or"
