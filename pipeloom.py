@@ -987,22 +987,12 @@ class _Store:
         self.conn.is_on = statement.startswith("BEGIN")
 
 
-class _TaskRow:
-    """A row of task_runs as the next commit will write it."""
-
-    __slots__ = tuple(COLUMNS)
-
-    def __init__(
-        self, id: int, name: str, status: str, progress: float = 0.0, message: str = "",
-        started_at: str | None = None, finished_at: str | None = None, result: str | None = None,
-        attempts: int | None = 0, run_id: int | None = None, traceback: str | None = None,
-    ) -> None:  # fmt: skip
-        self.id, self.name, self.status, self.progress, self.message = id, name, status, progress, message
-        self.started_at, self.finished_at, self.result = started_at, finished_at, result
-        self.attempts, self.run_id, self.traceback = attempts, run_id, traceback
-
-
-_row_values = attrgetter(*COLUMNS)
+_TaskRow = namedtuple(  # of task_runs, as the next commit will write it; COLUMNS has the same
+    "_TaskRow", "id name status progress message started_at finished_at result attempts run_id traceback",
+    defaults=(0.0, "", None, None, None, 0, None, None),
+)  # fmt: skip
+# A namedtuple's own __new__ is Python, and takes twice as long. These are for each task, from a tuple.
+_row_of, _finish_of = partial(tuple.__new__, _TaskRow), partial(tuple.__new__, _Finish)
 _finish_fields = attrgetter(*_Finish._fields)
 
 
@@ -1058,19 +1048,18 @@ class _Status:
     def begin(self, sender: _Attempt) -> None:
         """The same as started(), for the engine's own word."""
         id, at, number = sender.task_id, sender.started_at, sender.attempt
-        self._pending[id] = _TaskRow(id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id)
+        self._pending[id] = _row_of(
+            (id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id, None)
+        )
         if self.shows:
             self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at)
 
     def started(self, m: MsgTaskStarted) -> None:
         sender, row = self._own_sender(m), self._row(m)
-        if row.status == RUNNING and sender is not None:
-            row.name, row.started_at = m.name, m.started_at  # the worker repeats what the engine has said
-        else:
+        if row.status != RUNNING or sender is None:  # else the worker repeats what the engine has said
             attempts = sender.attempt if sender else (row.attempts or 0) + 1
-            self._pending[m.task_id] = _TaskRow(
-                m.task_id, m.name, RUNNING, started_at=m.started_at, attempts=attempts, run_id=self.run_id
-            )
+            row = _TaskRow(m.task_id, m.name, RUNNING, attempts=attempts, run_id=self.run_id)
+        self._pending[m.task_id] = row._replace(name=m.name, started_at=m.started_at)
         if self.shows:
             self.news[m.task_id, MsgTaskStarted] = m
 
@@ -1078,46 +1067,41 @@ class _Status:
         row = self._row(m)
         if row.status in FINAL:
             return  # late: the task's finish counts
-        row.status, row.message = RUNNING, m.message
-        if m.total:
-            row.progress = m.step / m.total
+        part = m.step / m.total if m.total else row.progress
+        self._pending[m.task_id] = row._replace(status=RUNNING, progress=part, message=m.message)
         if self.shows:
             self.news[m.task_id, MsgTaskProgress] = m
 
     def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
         """The end of a task; `sender` is its attempt, if that has sent it."""
-        row = self._pending.get(m.task_id) or self._row(m)
+        row = self._row(m)
         if sender is None and row.status in FINAL:
             return  # the first finish counts; a worker's own is the first, as its context sees to that
         id, status, at, result, message = m if type(m) is _Finish else _finish_fields(m)
         if status == ERROR and sender is not None and sender.may_retry():
             status, at, result, message = QUEUED, "", None, f"attempt {sender.attempt} failed: {message}"
-        row.status, row.result, row.message, row.run_id = status, result, message, self.run_id
-        row.finished_at = at or None
-        if status == DONE:
-            row.progress = 1.0
+        part, trace = 1.0 if status == DONE else row.progress, row.traceback
+        if sender is not None:
+            trace = sender.trouble.traceback if status != DONE else None
+            self.ended.append((sender, status, message))
+        self._pending[id] = _row_of((
+            id, row.name, status, part, message, row.started_at, at or None, result, row.attempts,
+            self.run_id, trace,
+        ))  # fmt: skip
         if self.shows:
             self.news[id, MsgTaskFinished] = MsgTaskFinished(id, status, at, result, message)
-        if sender is not None:
-            row.traceback = sender.trouble.traceback if status != DONE else None
-            self.ended.append((sender, status, message))
 
     def _own_sender(self, m: Any) -> _Attempt | None:
         """The attempt that a message is about, if its own worker sent it."""
         return self.sender if self.sender and self.sender.owns(m) else None
 
     def _row(self, m: Any) -> _TaskRow:
-        """The row of a message's task, to be changed; one that was never started gets one all the same."""
-        row = self._pending.get(m.task_id)
-        if row is None:
-            row = self._pending[m.task_id] = self._known(m)
-        return row
-
-    def _known(self, m: Any) -> _TaskRow:
-        """A task's row as a commit left it, or a new one."""
-        id, sender = m.task_id, self._own_sender(m)
-        if id in self._unfinished:
-            return _TaskRow(*_row_values(self._unfinished[id]))
+        """The row of a message's task as it is now; one that was never started gets one all the same."""
+        id = m.task_id
+        row = self._pending.get(id) or self._unfinished.get(id)
+        if row is not None:
+            return row
+        sender = self._own_sender(m)
         if id <= self.last_id and self.kept and sender is None:
             cursor = self._store.conn.cursor()
             cursor.row_factory = None  # a handler may have set the connection's
@@ -1129,7 +1113,7 @@ class _Status:
 
     def write(self) -> None:
         if self.kept and self._pending:
-            _insert(self._store.conn, STORE_TASKS, list(map(_row_values, self._pending.values())))
+            _insert(self._store.conn, STORE_TASKS, list(self._pending.values()))
 
     def committed(self) -> None:
         for id, row in self._pending.items():
@@ -1275,7 +1259,10 @@ class SQLiteWriter(threading.Thread):
         joined = _Joined(self.conn, len(batch))
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
-                self._apply(sender, message, joined)
+                if sender is not None and message is STARTED:
+                    self.status.begin(sender)
+                else:
+                    self._apply(sender, message, joined)
             joined.insert()
         except BaseException as error:  # a handler's SystemExit too
             if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
@@ -1292,8 +1279,6 @@ class SQLiteWriter(threading.Thread):
                 self._hand_over(message)
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
-        elif message is STARTED:
-            self.status.begin(sender)
         elif message is PROGRESS:
             sender.has_news = False
             self.status.progressed(sender.news)
@@ -2660,7 +2645,9 @@ class _Attempt(TaskContext):
         self.run.display.tell(level, told, *arguments)
 
     def begin(self) -> bool:
-        """Start, in the thread that calls this; False if it was cancelled before."""
+        """Start, in the thread that calls this; False if it is cancelled, or has started before."""
+        if self.run.stopping:
+            self.cancel_unstarted(self.run.stopping)
         with self.lock:
             if self.started_at or self.closed:
                 return False
@@ -3380,13 +3367,11 @@ class _Worker(_TaskThread):
                 if ctx is None:
                     return crew.ready.put(None)  # for the next one
                 self.name = ctx.name
-                if ctx.stage.terms.timeout is not None:
-                    self._attempt(ctx, self._call_in_time)
-                elif ctx.stage.terms.packs:
+                if ctx.stage.terms.packs and ctx.stage.terms.timeout is None:
                     more = [ctx] * self._together  # first: what is taken has its place, without memory
                     self._attempt_together(more)
-                else:
-                    self._attempt(ctx, self._call)
+                elif ctx.begin():
+                    self._attempt(ctx, self._call if ctx.stage.terms.timeout is None else self._call_in_time)
             except WriterFailed:
                 return None
             except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
@@ -3408,27 +3393,18 @@ class _Worker(_TaskThread):
                     mine[place] = mine[0]
                     break
         self._run.wake.ring()
-        begun = [ctx for ctx in mine if self._begins(ctx)]  # which each does once
+        begun = [ctx for ctx in mine if ctx.begin()]  # which each does once
         if not begun:
             return
         parcel = _Parcel(self._run, begun)
         for ctx in begun:
-            self._end(ctx, parcel.result)
+            self._attempt(ctx, parcel.result)
         self._together = min(2 * self._together, TOGETHER) if parcel.is_quick else 1
 
     def _attempt(self, ctx: _Attempt, call: Callable[[_Attempt], object]) -> None:
-        if self._begins(ctx):
-            self._end(ctx, call)
-
-    def _begins(self, ctx: _Attempt) -> bool:
-        if self._run.stopping:
-            ctx.cancel_unstarted(self._run.stopping)
-        return ctx.begin()
-
-    def _end(self, ctx: _Attempt, call: Callable[[_Attempt], object]) -> None:
         try:
             value = call(ctx)
-            finish = _Finish(ctx.task_id, DONE, _now(), _result_text(value), "")
+            finish = _finish_of((ctx.task_id, DONE, _now(), _result_text(value), ""))
             if not ctx.closed:  # by the worker's own word
                 ctx.finish(finish)
         except TaskCancelled as stop:
