@@ -71,7 +71,7 @@ from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import import_module
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
-from itertools import accumulate, chain, compress, count, groupby, islice
+from itertools import accumulate, chain, compress, count, groupby, islice, zip_longest
 from operator import attrgetter, index, is_, itemgetter, length_hint
 from sched import scheduler
 from threading import get_ident
@@ -1151,11 +1151,10 @@ class SQLiteWriter(threading.Thread):
         self.opened = False  # and how it failed, `error` says
         self._schema = schema or ""
         self._channel = msg_q if isinstance(msg_q, Channel) else Channel(msg_q)
-        self._apply_by_type: dict[type, Callable[[Any], object]] = {
-            MsgTaskStarted: self.status.started,
-            MsgTaskProgress: self.status.progressed,
-            MsgTaskFinished: self.status.finished,
-        }
+        status = self.status
+        self._apply_by_type: dict[type, Callable[[Any], object]] = dict(
+            zip(STATUS, (status.started, status.progressed, status.finished))
+        )
         for kind, handler in {MsgExecute: _run_statement, **_checked_handlers(handlers or {})}.items():
             self._apply_by_type[kind] = partial(self._call, handler)
         self.kinds = tuple(self._apply_by_type)  # the classes of messages that it applies
@@ -2352,7 +2351,7 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
 
 MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
-_Terms = namedtuple("_Terms", "path kinds limit packs retries retry_delay timeout atomic executor")
+_Terms = namedtuple("_Terms", "path kinds limit packs groups retries retry_delay timeout atomic executor")
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
 _Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
@@ -2854,7 +2853,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any] | None, str]] = {  # default,
     "atomic": (True, None, ""),
 }
 WRITER_OPTIONS = ("wal", "store_task_status", "schema", "handlers", "busy_timeout", "durable")
-STAGE_OPTIONS = _Terms._fields[4:]  # a stage may have its own
+STAGE_OPTIONS = _Terms._fields[5:]  # a stage may have its own
 
 
 def _check_options(what: str, options: Mapping[str, Any], known: Iterable[str] = OPTIONS) -> None:
@@ -2946,7 +2945,7 @@ class _Stage:
         chosen = {**options, **declared.options}
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
         terms = {name: chosen[name] for name in STAGE_OPTIONS}
-        self.terms = _Terms(writer.store.path, writer.kinds, limit, packs=False, **terms)
+        self.terms = _Terms(writer.store.path, writer.kinds, limit, False, False, **terms)
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
@@ -3251,14 +3250,34 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
         return [], None, _told(error)
 
 
-def _packed(call: tuple[Any, ...], item: object) -> Any:
-    """In bytes. An error is what the call is to raise there, as others travel with it."""
+def _call_of(ctx: _Attempt) -> tuple[Any, ...]:
+    """What is called there for an attempt, by _call_there()."""
+    declared, terms = ctx.stage.declared, ctx.stage.terms._replace(executor=None)
+    return declared.call, declared.function, terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt
+
+
+def _received(failure: BaseException | None, done: Any, ctx: _Attempt) -> object:
+    """What the function has returned there, or raised; its rows are with `ctx` then."""
+    from pickle import loads
+
+    if failure is not None:
+        raise failure
+    messages, value, told = loads(done) if ctx.stage.terms.packs else done
+    for message in messages:
+        ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
+    if told is not None:
+        raise _ToldError(*told)
+    return value
+
+
+def _packed(call: tuple[Any, ...]) -> Any:
+    """A call in bytes, or the error that it is to raise there: others may travel with it."""
     from pickle import dumps
 
     try:
         return dumps(call)
-    except Exception as error:
-        return UsageError(f"item {item!r:.80} cannot be sent to another process: {_describe(error)}")
+    except BaseException as error:
+        return UsageError(f"its item cannot be sent to another process: {_describe(error)}")
 
 
 def _call_packed(packed: Any) -> bytes:
@@ -3273,71 +3292,22 @@ def _call_packed(packed: Any) -> bytes:
         done = [], None, _told(error)
     try:
         return dumps(done)
-    except Exception as error:
+    except BaseException as error:
         refused = MessageRefused(f"a row or message cannot be sent to another process: {_describe(error)}")
         return dumps(([], None, _told(refused)))
 
 
 def _call_in_turn(calls: list[Any]) -> tuple[list[bytes], bool]:
-    """Call them until QUICK seconds are over, and say whether they are not. The rest has to come again, so
-    that what one long task delays is no other long task.
+    """The same for several, until QUICK seconds are over, so that a long one holds up no other. Returns the
+    results of those that it has called, and whether these are all and took no longer.
     """
-    done: list[bytes] = []
+    results: list[bytes] = []
     until = time.monotonic() + QUICK
     for call in calls:
-        done.append(_call_packed(call))
+        results.append(_call_packed(call))
         if time.monotonic() >= until:
-            return done, False
-    return done, True
-
-
-class _Parcel:
-    """Attempts that a worker sends to an executor at once; it takes their results one by one, in their order.
-
-    Mostly it is one. Short ones share the way to a process, which takes 0.2 ms. For the worker's thread.
-    """
-
-    def __init__(self, run: _Run, attempts: list[_Attempt]) -> None:
-        self._run, self._stage = run, attempts[0].stage
-        self._attempts = attempts[:]  # those without a result
-        self._future: Any = None  # of these
-        self._results: list[Any] = []  # of those before them, the last first
-        self.is_quick = True  # all that has come back so far
-
-    def result(self, ctx: _Attempt) -> object:
-        """What the next one's function has returned, or raised; its rows are with `ctx` then."""
-        from pickle import loads
-
-        packs = self._stage.terms.packs
-        if not self._results:
-            if self._future is None:
-                self._send()
-            done = _awaited(ctx, self._future)  # if that fails, each of them has the error
-            results, quick = done if packs else ([done], False)
-            self.is_quick = self.is_quick and quick
-            self._results, self._future = results[::-1], None
-            del self._attempts[: len(results)]
-        result = self._results.pop()
-        messages, value, told = loads(result) if packs else result
-        for message in messages:
-            ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
-        if told is not None:
-            raise _ToldError(*told)
-        return value
-
-    def _send(self) -> None:
-        if self._run.stopping:  # what has to come again has not started there
-            raise TaskCancelled(self._run.stopping)
-        declared, terms = self._stage.declared, self._stage.terms
-        made_of = declared.call, declared.function, terms._replace(executor=None)
-        calls = [(*made_of, ctx.task, ctx.task_id, ctx.name, ctx.attempt) for ctx in self._attempts]
-        packed = (_call_in_turn, [_packed(call, call[3]) for call in calls]) if terms.packs else ()
-        try:
-            self._future = terms.executor.submit(*(packed or (_call_there, *calls[0])))
-        except RuntimeError as error:  # it is shut down, or broken for good
-            told = f"the executor takes no more tasks: {error}"
-            self._run.stop(f"not started: {told}")
-            raise _ToldError(told, None, told) from None
+            return results, False
+    return results, True
 
 
 class _TaskThread(threading.Thread):
@@ -3353,13 +3323,15 @@ class _Worker(_TaskThread):
     def __init__(self, run: _Run, crew: _Crew) -> None:
         super().__init__(name="pipeloom-worker", daemon=True)
         self._run, self._crew = run, crew
-        self._together = 1  # so many tasks go to a process at once
+        self._together = 1  # so many tasks it sends to a process at once
 
     def run(self) -> None:
         run, crew = self._run, self._crew
+        mine: list[Any] = []  # of which it attempts several together
         while True:
-            ctx, more = None, []
+            ctx = None
             try:
+                mine.clear()
                 if crew.ready.qsize() in (0, crew.room // 2):
                     run.wake.ring()
                     self.name = "pipeloom-worker"
@@ -3367,9 +3339,10 @@ class _Worker(_TaskThread):
                 if ctx is None:
                     return crew.ready.put(None)  # for the next one
                 self.name = ctx.name
-                if ctx.stage.terms.packs and ctx.stage.terms.timeout is None:
-                    more = [ctx] * self._together  # first: what is taken has its place, without memory
-                    self._attempt_together(more)
+                if ctx.stage.terms.groups:
+                    mine += [ctx] * self._together  # before more is taken, which then needs no memory
+                    self._take_more(mine)
+                    self._attempt_together([ctx for ctx in mine if ctx.begin()])  # which each does once
                 elif ctx.begin():
                     self._attempt(ctx, self._call if ctx.stage.terms.timeout is None else self._call_in_time)
             except WriterFailed:
@@ -3377,29 +3350,42 @@ class _Worker(_TaskThread):
             except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
                 if ctx is not None:
                     ctx.lost = crew.has_lost = True
-                for other in more:
-                    other.lost = True
+                while mine:
+                    mine.pop().lost = True
             if ctx is not None and ctx.abandoned:
                 return None
 
-    def _attempt_together(self, mine: list[Any]) -> None:
-        """Attempt the first of these, and in the places of the others what else of its stage is ready."""
+    def _take_more(self, mine: list[Any]) -> None:
+        """Put what else is ready in the places after the first: this worker's share of it. But only while all
+        tasks are of one stage, as another's would have to go back each time.
+        """
         crew, stage = self._crew, mine[0].stage
+        share = crew.ready.qsize() // crew.size if len(crew.live) == stage.submitted - stage.settled else 0
         with suppress(queue.Empty):
-            for place in range(1, min(len(mine), crew.ready.qsize() // crew.size)):  # no more than its share
+            for place in range(1, min(len(mine), share)):
                 mine[place] = crew.ready.get_nowait()
-                if mine[place] is None or mine[place].stage is not stage:
+                if mine[place] is None or mine[place].stage is not stage:  # it has come just now
                     crew.ready.put(mine[place])
                     mine[place] = mine[0]
                     break
         self._run.wake.ring()
-        begun = [ctx for ctx in mine if ctx.begin()]  # which each does once
-        if not begun:
-            return
-        parcel = _Parcel(self._run, begun)
-        for ctx in begun:
-            self._attempt(ctx, parcel.result)
-        self._together = min(2 * self._together, TOGETHER) if parcel.is_quick else 1
+
+    def _attempt_together(self, begun: list[_Attempt]) -> None:
+        """What fails for all of them is the failure of each."""
+        results: list[bytes] = []
+        failure, quick = None, False
+        try:
+            if begun:
+                calls = [_packed(_call_of(ctx)) for ctx in begun]
+                results, quick = self._send(begun[0], _call_in_turn, calls)
+        except BaseException as error:
+            failure = error
+        self._together = min(2 * self._together, TOGETHER) if quick else 1
+        for ctx, result in zip_longest(begun, results):
+            if result is None and failure is None:  # it has not been called, and will be again
+                ctx.finish(_Finish(ctx.task_id, QUEUED, "", None, ""))
+            else:
+                self._attempt(ctx, partial(_received, failure, result))
 
     def _attempt(self, ctx: _Attempt, call: Callable[[_Attempt], object]) -> None:
         try:
@@ -3417,7 +3403,7 @@ class _Worker(_TaskThread):
     def _call(self, ctx: _Attempt) -> object:
         declared = ctx.stage.declared
         if ctx.stage.terms.executor is not None:
-            return _Parcel(self._run, [ctx]).result(ctx)
+            return self._call_elsewhere(ctx)
         try:
             value = declared.call(declared.function, ctx)
         finally:
@@ -3428,6 +3414,21 @@ class _Worker(_TaskThread):
             if error is not None:
                 raise error
         return value
+
+    def _call_elsewhere(self, ctx: _Attempt) -> object:
+        if ctx.stage.terms.packs:
+            return _received(None, self._send(ctx, _call_packed, _packed(_call_of(ctx))), ctx)
+        return _received(None, self._send(ctx, _call_there, *_call_of(ctx)), ctx)
+
+    def _send(self, ctx: _Attempt, *call: Any) -> Any:
+        """Have the executor call something; returns what that returns."""
+        try:
+            future = ctx.stage.terms.executor.submit(*call)
+        except RuntimeError as error:  # it is shut down, or broken for good
+            told = f"the executor takes no more tasks: {error}"
+            self._run.stop(f"not started: {told}")
+            raise _ToldError(told, None, told) from None
+        return _awaited(ctx, future)
 
     def _call_in_time(self, ctx: _Attempt) -> object:
         ctx.thread, timer = self, self._crew.timer
@@ -3502,10 +3503,13 @@ class _Crew:
             self.ready.put(ctx)
 
     def retry(self, ctx: _Attempt, message: str) -> None:
-        """Have a task that failed tried again."""
-        again = _Attempt(self._run, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
+        """Have a task that failed tried again; without a message it has not been called, and is so now."""
+        number = ctx.attempt + 1 if message else ctx.attempt
+        again = _Attempt(self._run, ctx.stage, ctx.task, ctx.task_id, ctx.name, number)
         again.trouble = ctx.trouble._replace(cause=message)
         self.live[ctx.task_id] = again
+        if not message:
+            return self.ready.put(again)
         delay = _delay(ctx.stage.terms.retry_delay, ctx.attempt)
         self.timer.after(delay, partial(self.ready.put, again))
         ctx.tell(logging.INFO, "task %r: %s; retrying in %.1f s", ctx.name, message, delay)
@@ -4097,7 +4101,10 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         elif not stage.terms.atomic:
             why = "has atomic=False, which streams rows in this process"
         elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
-            stage.terms = stage.terms._replace(packs=True)
+            executor, each = stage.terms.executor, stage.terms.timeout is not None
+            each = each or type(executor) is not ProcessPoolExecutor  # where one that dies may not end all
+            each = each or bool(getattr(executor, "_max_tasks_per_child", None))
+            stage.terms = stage.terms._replace(packs=True, groups=not each)
             try:
                 dumps(function)
             except Exception as error:

@@ -5012,61 +5012,82 @@ def test_functions_run_in_processes_and_all_promises_stay(db):
     assert rows(db, "SELECT result FROM task_runs WHERE name = 'in_a_process[6]'") == [("1",)]
 
 
-class Counted(ProcessPoolExecutor):
-    sent = 0
-
-    def submit(self, *arguments):
-        self.sent += 1
-        return super().submit(*arguments)
+def watched(executor, submit):
+    """It stays of the library's own class, for whose processes tasks are grouped."""
+    executor.submit = partial(submit, executor.submit)
+    return executor
 
 
-def test_short_tasks_share_the_way_to_a_process_and_each_has_an_end_of_its_own(db):
-    def items(first):
-        return [(number, "", len if number % 20 != 10 else lambda: None) for number in range(first, first + 200)]
+SHORT = "CREATE TABLE IF NOT EXISTS made(number, attempt)"
 
-    with Counted(2, mp_context=get_context("spawn")) as executor:
+
+@pytest.mark.parametrize("other", [False, True])
+def test_short_tasks_share_the_way_to_a_process_and_each_has_an_end_of_its_own(db, other):
+    def submit(submit, *call):
+        sent.append(call)
+        return submit(*call)
+
+    sent = []
+    with watched(ProcessPoolExecutor(2, mp_context=get_context("spawn")), submit) as executor:
         executor.submit(int).result()
-        pipe = Pipeline(db, schema="CREATE TABLE made(number, attempt)", progress="none", check=False,
-                        executor=executor, workers=4, retries=1, retry_delay=0)  # fmt: skip
+        pipe = Pipeline(db, schema=SHORT, progress="none", check=False, executor=executor, workers=4,
+                        retries=1, retry_delay=0)  # fmt: skip
         pipe.handles(Squared)(lambda conn, m: None)
-        for first in (0, 200):  # two stages at once, which do not share
-            pipe.task(short_in_a_process, name=f"stage{first}", each=items(first))
+        pipe.task(short_in_a_process, each=[
+            (number, "", len if number % 20 != 10 else lambda: None) for number in range(400)
+        ])  # fmt: skip
+        if other:  # which none of the groups must take
+            pipe.task(lambda ctx, item: item, name="other", each=range(100), executor=None)
         result = pipe.run()
-        assert executor.sent < 400  # and 60 of these tasks were sent again
-    assert (result.done, result.error, result.cancelled) == (320, 80, 0)
+        assert other or len(sent) < 400  # and 60 of these tasks were sent again
+    del executor, pipe, sent
+    gc.collect()  # the pool's files
+    assert (result.done, result.error, result.cancelled) == (320 + 100 * other, 80, 0)
     done = [number for number in range(400) if number % 20 not in (6, 7, 9, 10)]
     assert rows(db, "SELECT * FROM made ORDER BY 1") == [(number, 1 + (number % 20 == 8)) for number in done]
-    assert rows(db, "SELECT result FROM task_runs WHERE status = 'done' ORDER BY CAST(result AS INT)") == [
-        (str(number),) for number in done
-    ]
+    of_these = "SELECT result, attempts FROM task_runs WHERE status = 'done' AND name LIKE 'short%' ORDER BY id"
+    assert rows(db, of_these) == [(str(number), 1 + (number % 20 == 8)) for number in done]
     told = Counter(re.match(r"\w+", cause)[0] for cause in Counter(result.causes).elements())
     assert told == {"MessageRefused": 20, "UsageError": 20, "ValueError": 20, "told": 20}
+    assert [cause for cause in result.causes if "its item cannot be sent to another process: " in cause]
 
 
 @needs_posix
-def test_of_tasks_that_share_the_way_to_a_process_that_dies_each_is_tried_again(db, tmp_path):
+def test_of_short_tasks_whose_process_dies_each_has_the_error_and_a_resume_does_them_once(db, tmp_path):
     items = [(number, str(tmp_path / "died"), None) for number in range(300) if number % 20 < 5 or number == 150]
-    with pipeloom._processes() as executor:
-        pipe = Pipeline(db, schema="CREATE TABLE made(number, attempt)", progress="none", check=False,
-                        executor=executor, workers=1, retries=1, retry_delay=0)  # fmt: skip
-        pipe.task(short_in_a_process, each=items)
-        result = pipe.run()
+    for again in (False, True):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            pipe = Pipeline(db, schema=SHORT, progress="none", check=False, executor=executor, workers=2)
+            pipe.task(short_in_a_process, each=items)
+            result = pipe.run(resume=again)
     del executor, pipe
     gc.collect()  # their files
-    assert result.ok, result.causes
-    made = rows(db, "SELECT * FROM made ORDER BY 1")
-    assert [number for number, _ in made] == [number for number, *_ in items]
-    again = [number for number, attempt in made if attempt == 2]
-    assert 150 in again and len(again) <= pipeloom.TOGETHER
+    assert result.ok and result.skipped and result.done, result.causes
+    assert rows(db, "SELECT * FROM made ORDER BY 1") == [(number, 1) for number, *_ in items]
 
 
-class Inline(ProcessPoolExecutor):
-    """It calls at once, in the thread that submits."""
+@pytest.mark.parametrize("called", [False, True])
+def test_what_could_not_be_sent_has_the_error_and_takes_no_other_tasks_result(db, called):
+    def submit(submit, *call):
+        number = next(counted)
+        if number == 8 and called:
+            submit(*call)  # as where a process cannot be started for it
+        if number == 8:
+            raise OSError(24, "Too many open files")
+        return submit(*call)
 
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
+    counted = count()
+    with watched(ProcessPoolExecutor(1, mp_context=get_context("spawn")), submit) as executor:
+        pipe = Pipeline(db, schema=SHORT, progress="none", check=False, executor=executor, workers=1)
+        pipe.task(short_in_a_process, each=[(20 * number, "", None) for number in range(100)])
+        result = pipe.run()
+    del executor, pipe
+    gc.collect()  # the pool's files
+    assert 1 <= result.error <= pipeloom.TOGETHER and result.done == 100 - result.error
+    assert len(result.causes) == 1 and result.failures[0].message == "OSError: [Errno 24] Too many open files"
+    done = rows(db, "SELECT result, (id - 1) * 20 FROM task_runs WHERE status = 'done' ORDER BY id")
+    assert all(int(stored) == number for stored, number in done)
+    assert rows(db, "SELECT number FROM made ORDER BY 1") == [(number,) for _, number in done]
 
 
 INLINE = SimpleNamespace()  # what a function that is pickled finds
@@ -5074,7 +5095,7 @@ INLINE = SimpleNamespace()  # what a function that is pickled finds
 
 def long_inline(task, ctx):
     INLINE.called.append(task)
-    if task == 20:  # not the last of its parcel
+    if task == 20:  # which is not the last of its group
         os.kill(os.getpid(), signal.SIGINT)
         assert INLINE.told.wait(WAIT)
         time.sleep(2 * pipeloom.QUICK)
@@ -5087,21 +5108,29 @@ def test_ctrl_c_cancels_what_shares_the_way_with_a_long_task_and_has_not_been_ca
             if "no new tasks" in record.getMessage():
                 INLINE.told.set()
 
+    def submit(_, function, *call):  # in the thread that submits
+        future = Future()
+        future.set_result(function(*call))
+        return future
+
     INLINE.called, INLINE.told = [], threading.Event()
     handler = Told()
     pipeloom.logger.addHandler(handler)
+    executor = watched(ProcessPoolExecutor(1), submit)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run(range(200), db, long_inline, executor=Inline(1), workers=1)
+            run(range(200), db, long_inline, executor=executor, workers=1)
     finally:
         pipeloom.logger.removeHandler(handler)
     assert INLINE.called == list(range(21))
     counts = dict(rows(db, "SELECT status, count(*) FROM task_runs GROUP BY status"))
     assert counts["done"] == 21 and set(counts) <= {"done", "cancelled"}
     INLINE.called.clear()
-    assert run(range(200), db, long_inline, executor=Inline(1), workers=1, resume=True).done == 179
-    gc.collect()  # the pools' files
+    assert run(range(200), db, long_inline, executor=executor, workers=1, resume=True).done == 179
     assert INLINE.called == list(range(21, 200))
+    executor.shutdown()
+    del executor
+    gc.collect()  # its files
 
 
 NOT_PICKLED = "cannot be sent to another process: .*; define it with def at the top of a module, or"
@@ -5992,8 +6021,8 @@ def test_what_cannot_be_pickled_fails_its_task_only(db):
         result = pipe.run()
     told = {failure.task: failure.message for failure in result.failures}
     assert (result.done, sorted(told)) == (1, ["lock", "number", "odd", "row"])
-    assert told["lock"].startswith("UsageError: item <unlocked _thread.lock object at")
-    assert re.search("cannot be sent to another process: TypeError: cannot pickle '_?thread.lock' object", told["lock"])
+    whole = "UsageError: its item cannot be sent to another process: TypeError: cannot pickle '_?thread.lock' object"
+    assert re.fullmatch(whole, told["lock"])
     assert told["row"].startswith("MessageRefused: a row or message cannot be sent to another process: TypeError")
     assert told["odd"] == told["number"] == "ValueError: invalid literal for int() with base 10: 'no number'"
 
