@@ -71,7 +71,7 @@ from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import import_module
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
-from itertools import accumulate, chain, compress, count, groupby, islice, zip_longest
+from itertools import accumulate, chain, compress, count, groupby, islice
 from operator import attrgetter, index, is_, itemgetter, length_hint
 from sched import scheduler
 from threading import get_ident
@@ -417,7 +417,7 @@ CHECKS: dict[type, Callable[[Any], Any]] = {
 COLUMNS = {  # of task_runs; the first eight are the original pipeloom's
     "id": "INTEGER PRIMARY KEY",
     "name": "TEXT NOT NULL",
-    "status": "TEXT NOT NULL",  # running | done | error | cancelled; queued: it waits for its retry
+    "status": "TEXT NOT NULL",  # running | done | error | cancelled; queued: for a retry, or its turn
     "progress": "REAL NOT NULL DEFAULT 0.0",  # a fraction, 0..1
     "message": "TEXT",
     "started_at": "TEXT",
@@ -807,6 +807,7 @@ MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", r
 ROLLED_BACK = "a statement rolled back the transaction; do not catch the exception that it raised"
 STATUS = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished)  # these touch no table of the user's
 STARTED = object()  # an attempt's word that it has started, at its started_at
+PUT_BACK = object()  # that it has not, after all
 PROGRESS = object()  # and that it has news: only the newest counts, and the context keeps it
 
 
@@ -987,7 +988,7 @@ class _Store:
         self.conn.is_on = statement.startswith("BEGIN")
 
 
-_TaskRow = namedtuple(  # of task_runs, as the next commit will write it; COLUMNS has the same
+_TaskRow = namedtuple(  # of task_runs, as the next commit will write it; in the order of COLUMNS
     "_TaskRow", "id name status progress message started_at finished_at result attempts run_id traceback",
     defaults=(0.0, "", None, None, None, 0, None, None),
 )  # fmt: skip
@@ -1052,7 +1053,15 @@ class _Status:
             (id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id, None)
         )
         if self.shows:
-            self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at)
+            self.news.pop((id, MsgTaskFinished), None)  # of one that was put back
+            self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at or "")
+
+    def put_back(self, sender: _Attempt) -> None:
+        """What it has said with begin() is not so."""
+        id = sender.task_id
+        self._pending[id] = _TaskRow(id, sender.name, QUEUED, attempts=sender.attempt - 1, run_id=self.run_id)
+        if self.shows:
+            self.news[id, MsgTaskFinished] = MsgTaskFinished(id, QUEUED, "", None, "")
 
     def started(self, m: MsgTaskStarted) -> None:
         sender, row = self._own_sender(m), self._row(m)
@@ -1102,7 +1111,7 @@ class _Status:
         if row is not None:
             return row
         sender = self._own_sender(m)
-        if id <= self.last_id and self.kept and sender is None:
+        if id <= self.last_id and self.kept and (sender is None or sender.started_at != "never"):
             cursor = self._store.conn.cursor()
             cursor.row_factory = None  # a handler may have set the connection's
             found = cursor.execute(LOAD_TASK, (id,)).fetchone()
@@ -1222,8 +1231,6 @@ class SQLiteWriter(threading.Thread):
         self.status.open(self._engine)
         _run_schema(self.conn, self._schema)
 
-    # One batch, one transaction
-
     def _commit(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         """Commit a batch; one with a bad message in it in halves, until that message is alone."""
         try:
@@ -1258,7 +1265,7 @@ class SQLiteWriter(threading.Thread):
         joined = _Joined(self.conn, len(batch))
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
-                if sender is not None and message is STARTED:
+                if sender is not None and message is STARTED:  # always its first, and accepted
                     self.status.begin(sender)
                 else:
                     self._apply(sender, message, joined)
@@ -1278,6 +1285,8 @@ class SQLiteWriter(threading.Thread):
                 self._hand_over(message)
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
+        elif message is PUT_BACK:
+            self.status.put_back(sender)
         elif message is PROGRESS:
             sender.has_news = False
             self.status.progressed(sender.news)
@@ -1490,8 +1499,9 @@ class Progress:
 
     They are called in one thread that does little else, update() with every message that has been
     committed (of several progress messages of a task in one commit, the last). A finish whose status is
-    "queued" is that of an attempt which failed and will be repeated. The run waits for none of them, but
-    five seconds for the last; a display that raises, or is 100,000 messages behind, is switched off.
+    "queued" is that of an attempt which failed and will be repeated, or has not begun after all. The run
+    waits for none of them, but five seconds for the last; a display that raises, or is 100,000 messages
+    behind, is switched off.
     """
 
     def start(self, total: int | None) -> None:
@@ -1690,10 +1700,10 @@ class _Board(Progress):
             bar.completed, bar.total, bar.text = message.step, message.total, message.message
         elif kind is MsgTaskFinished:
             self.running.pop(id, None)
-            if message.status == QUEUED:
-                self.waiting.add(id)
-            else:
+            if message.status != QUEUED:
                 self.counts[message.status] += 1
+            elif message.message:  # else it has not been called yet
+                self.waiting.add(id)
 
     def stop(self, result: Any) -> None:
         self.running, self.waiting = {}, set()
@@ -2596,7 +2606,7 @@ class _Attempt(TaskContext):
         TaskContext.__init__(self, stage.terms, task, task_id, name, attempt)
         self.run, self.stage = run, stage
         self.lock = RLock()  # as a finalizer may come where it is held
-        self.started_at = ""  # until it starts
+        self.started_at: str | None = ""  # until it starts; None if it is to start again
         self.has_news = False  # and that is on its way to the writer
         self.rejected = False  # a message of this attempt was bad
         self.abandoned = False  # its thread is left to itself, and ends when the function returns, if ever
@@ -2650,10 +2660,16 @@ class _Attempt(TaskContext):
         with self.lock:
             if self.started_at or self.closed:
                 return False
-            self.started_at, self.trouble = _now(), _NO_TROUBLE
+            self.started_at = _now()
             self.run.channel.push(self, STARTED)
         self.enter()
         return True
+
+    def put_back(self) -> None:
+        """It has not been called after all: it may begin again, or be cancelled."""
+        with self.lock:
+            self.started_at = None
+            self.run.channel.push(self, PUT_BACK)
 
     def cancel_unstarted(self, reason: str) -> None:
         """Cancel it unless it runs, or ran."""
@@ -2759,7 +2775,7 @@ ENGINE = (_place.__code__.co_filename, threading.__file__, LIBRARY + "asyncio", 
 FAILURES_KEPT = 100  # in a RunResult, and as many causes
 GRACE = 5.0  # seconds from SIGTERM to leaving, and for workers to notice that they are to stop
 POLL = 0.2  # seconds; the longest that a signal goes unnoticed
-TOGETHER = 16  # so many tasks share the way to a process at most,
+TOGETHER = 8  # so many tasks share the way to a process at most,
 QUICK = 0.005  # as long as they take no more seconds than that
 LIVE = 6_000  # tasks that are submitted and not settled; beyond that none is pulled
 LONGEST_DELAY = 3600.0  # seconds before a retry, however often it has doubled
@@ -3062,9 +3078,10 @@ class _Roster:
             if self._ids.get(id) != name and self._take(id):
                 return id, run_id if self._resume and status == DONE else None
             self._twins[name] = id
-        self._next_id += 1
-        self._take(self._next_id - 1)
-        return self._next_id - 1, None
+        id = self._next_id
+        self._next_id = id + 1
+        self._take(id)
+        return id, None
 
     def newest(self, name: str) -> int:
         """The last run that has done a task of this name, or one of its items."""
@@ -3256,12 +3273,14 @@ def _call_of(ctx: _Attempt) -> tuple[Any, ...]:
     return declared.call, declared.function, terms, ctx.task, ctx.task_id, ctx.name, ctx.attempt
 
 
-def _received(failure: BaseException | None, done: Any, ctx: _Attempt) -> object:
+def _raise(error: BaseException, *_: object) -> NoReturn:
+    raise error
+
+
+def _received(done: Any, ctx: _Attempt) -> object:
     """What the function has returned there, or raised; its rows are with `ctx` then."""
     from pickle import loads
 
-    if failure is not None:
-        raise failure
     messages, value, told = loads(done) if ctx.stage.terms.packs else done
     for message in messages:
         ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
@@ -3270,24 +3289,24 @@ def _received(failure: BaseException | None, done: Any, ctx: _Attempt) -> object
     return value
 
 
-def _packed(call: tuple[Any, ...]) -> Any:
-    """A call in bytes, or the error that it is to raise there: others may travel with it."""
+def _packed(call: tuple[Any, ...]) -> bytes:
+    """A call in bytes. One that cannot be sent fails there, in its turn, as others may travel with it."""
     from pickle import dumps
 
     try:
-        return dumps(call)
+        return dumps((_call_there, *call))
     except BaseException as error:
-        return UsageError(f"its item cannot be sent to another process: {_describe(error)}")
+        refused = UsageError(f"its item cannot be sent to another process: {_describe(error)}")
+        return dumps((_raise, refused))
 
 
-def _call_packed(packed: Any) -> bytes:
-    """The same for the library's pool, all of which breaks if a process gets what it cannot unpickle."""
+def _call_packed(packed: bytes) -> bytes:
+    """Call what _packed() has made. The library's pool breaks if a process gets what it cannot unpickle."""
     from pickle import dumps, loads
 
     try:
-        if isinstance(packed, UsageError):
-            raise packed
-        done = _call_there(*loads(packed))
+        function, *arguments = loads(packed)
+        done = function(*arguments)
     except BaseException as error:
         done = [], None, _told(error)
     try:
@@ -3297,9 +3316,9 @@ def _call_packed(packed: Any) -> bytes:
         return dumps(([], None, _told(refused)))
 
 
-def _call_in_turn(calls: list[Any]) -> tuple[list[bytes], bool]:
-    """The same for several, until QUICK seconds are over, so that a long one holds up no other. Returns the
-    results of those that it has called, and whether these are all and took no longer.
+def _call_in_turn(calls: list[bytes]) -> tuple[list[bytes], bool]:
+    """Call what _packed() has made, until QUICK seconds are over: of those behind a long one none waits for
+    another. Returns the results of those called, and whether that was all of them and in time.
     """
     results: list[bytes] = []
     until = time.monotonic() + QUICK
@@ -3323,24 +3342,26 @@ class _Worker(_TaskThread):
     def __init__(self, run: _Run, crew: _Crew) -> None:
         super().__init__(name="pipeloom-worker", daemon=True)
         self._run, self._crew = run, crew
-        self._together = 1  # so many tasks it sends to a process at once
+        self._together = 1  # so many tasks it may send to a process at once now
+        self._next: _Attempt | None = None  # it has taken this one already
 
     def run(self) -> None:
         run, crew = self._run, self._crew
-        mine: list[Any] = []  # of which it attempts several together
+        mine: list[Any] = []  # attempts that it has taken together
         while True:
             ctx = None
             try:
                 mine.clear()
-                if crew.ready.qsize() in (0, crew.room // 2):
+                if not crew.ready.qsize() % crew.half:
                     run.wake.ring()
                     self.name = "pipeloom-worker"
-                ctx = crew.ready.get()  # ended by whoever submits or, however the run ends, by dismiss()
+                # get() is ended by whoever submits or, however the run ends, by dismiss()
+                ctx, self._next = self._next or crew.ready.get(), None
                 if ctx is None:
                     return crew.ready.put(None)  # for the next one
                 self.name = ctx.name
                 if ctx.stage.terms.groups:
-                    mine += [ctx] * self._together  # before more is taken, which then needs no memory
+                    mine += [ctx] * self._together  # places: what is then taken needs no memory to be kept
                     self._take_more(mine)
                     self._attempt_together([ctx for ctx in mine if ctx.begin()])  # which each does once
                 elif ctx.begin():
@@ -3348,46 +3369,52 @@ class _Worker(_TaskThread):
             except WriterFailed:
                 return None
             except BaseException:  # no memory, most likely, and this takes none: the calling thread says so
-                if ctx is not None:
-                    ctx.lost = crew.has_lost = True
                 while mine:
                     mine.pop().lost = True
+                if ctx is not None:
+                    ctx.lost = crew.has_lost = True  # the last, as who looks for them forgets this first
             if ctx is not None and ctx.abandoned:
                 return None
 
     def _take_more(self, mine: list[Any]) -> None:
-        """Put what else is ready in the places after the first: this worker's share of it. But only while all
-        tasks are of one stage, as another's would have to go back each time.
+        """Put what else is ready in the places after the first: this worker's share of it. Not where that has
+        come back, as it may take long, nor while another stage has tasks, which would be taken as well.
         """
-        crew, stage = self._crew, mine[0].stage
-        share = crew.ready.qsize() // crew.size if len(crew.live) == stage.submitted - stage.settled else 0
-        with suppress(queue.Empty):
-            for place in range(1, min(len(mine), share)):
-                mine[place] = crew.ready.get_nowait()
-                if mine[place] is None or mine[place].stage is not stage:  # it has come just now
-                    crew.ready.put(mine[place])
-                    mine[place] = mine[0]
-                    break
+        ready, stage = self._crew.ready, mine[0].stage
+        alone = mine[0].started_at is None or len(self._crew.live) > stage.submitted - stage.settled
+        for place in range(1, 1 if alone else min(len(mine), ready.qsize() // self._crew.size)):
+            try:
+                other = ready.get_nowait()
+            except queue.Empty:
+                break
+            if other is None:
+                ready.put(None)
+                break
+            if other.started_at is None or other.stage is not stage:
+                self._next = other
+                break
+            mine[place] = other
         self._run.wake.ring()
 
     def _attempt_together(self, begun: list[_Attempt]) -> None:
-        """What fails for all of them is the failure of each."""
-        results: list[bytes] = []
-        failure, quick = None, False
+        """Send them to a process at once. What fails for all is the failure of each."""
+        if not begun:
+            return
         try:
-            if begun:
-                calls = [_packed(_call_of(ctx)) for ctx in begun]
-                results, quick = self._send(begun[0], _call_in_turn, calls)
+            packed = [_packed(_call_of(ctx)) for ctx in begun]
+            results, quick = self._send(begun[0], _call_in_turn, packed)
+            calls: list[Any] = [partial(_received, result) for result in results]
         except BaseException as error:
-            failure = error
+            calls, quick = [partial(_raise, error)] * len(begun), False
         self._together = min(2 * self._together, TOGETHER) if quick else 1
-        for ctx, result in zip_longest(begun, results):
-            if result is None and failure is None:  # it has not been called, and will be again
-                ctx.finish(_Finish(ctx.task_id, QUEUED, "", None, ""))
-            else:
-                self._attempt(ctx, partial(_received, failure, result))
+        for ctx, call in zip(begun, calls):
+            self._attempt(ctx, call)
+        for ctx in begun[len(calls) :]:  # not called
+            ctx.put_back()
+            self._crew.ready.put(ctx)
 
     def _attempt(self, ctx: _Attempt, call: Callable[[_Attempt], object]) -> None:
+        ctx.trouble = _NO_TROUBLE  # it may have that of the attempt before
         try:
             value = call(ctx)
             finish = _finish_of((ctx.task_id, DONE, _now(), _result_text(value), ""))
@@ -3407,7 +3434,7 @@ class _Worker(_TaskThread):
         try:
             value = declared.call(declared.function, ctx)
         finally:
-            if os.getpid() != self._crew.pid:
+            if threading.main_thread() is self:  # since a fork; getpid() is a system call
                 _end_child()
         if type(value) is CoroutineType:
             value, error = _awaited(ctx, self._crew.loop.submit(ctx, value))
@@ -3416,9 +3443,9 @@ class _Worker(_TaskThread):
         return value
 
     def _call_elsewhere(self, ctx: _Attempt) -> object:
-        if ctx.stage.terms.packs:
-            return _received(None, self._send(ctx, _call_packed, _packed(_call_of(ctx))), ctx)
-        return _received(None, self._send(ctx, _call_there, *_call_of(ctx)), ctx)
+        call = _call_of(ctx)
+        sent = (_call_packed, _packed(call)) if ctx.stage.terms.packs else (_call_there, *call)
+        return _received(self._send(ctx, *sent), ctx)
 
     def _send(self, ctx: _Attempt, *call: Any) -> Any:
         """Have the executor call something; returns what that returns."""
@@ -3461,14 +3488,13 @@ class _Crew:
     def __init__(self, run: _Run, size: int) -> None:
         self._run = run
         self.size = size
-        self.room = max(64, 4 * size)  # how many are pulled ahead
+        self.half = max(32, 2 * size)  # of how many are pulled ahead
         self.ready: queue.SimpleQueue[_Attempt | None] = queue.SimpleQueue()
         self.live: dict[int, _Attempt] = {}  # by task_id
         self.timer = _Timer()
         self.has_lost = False  # an attempt is marked as lost
         self._threads: set[threading.Thread] = set()
         self.loop = _EventLoop()
-        self.pid = os.getpid()
 
     def start(self) -> None:
         stages = self._run.graph.stages
@@ -3493,7 +3519,7 @@ class _Crew:
 
     def free(self) -> int:
         """How many more may be submitted now; none, or less, if it is full."""
-        return min(self.room - self.ready.qsize(), max(LIVE, 2 * self.size) - len(self.live))
+        return min(2 * self.half - self.ready.qsize(), max(LIVE, 2 * self.size) - len(self.live))
 
     def submit(self, ctx: _Attempt, doomed: str) -> None:
         self.live[ctx.task_id] = ctx  # first: from here on somebody ends it
@@ -3503,13 +3529,10 @@ class _Crew:
             self.ready.put(ctx)
 
     def retry(self, ctx: _Attempt, message: str) -> None:
-        """Have a task that failed tried again; without a message it has not been called, and is so now."""
-        number = ctx.attempt + 1 if message else ctx.attempt
-        again = _Attempt(self._run, ctx.stage, ctx.task, ctx.task_id, ctx.name, number)
+        """Have a task that failed tried again."""
+        again = _Attempt(self._run, ctx.stage, ctx.task, ctx.task_id, ctx.name, ctx.attempt + 1)
         again.trouble = ctx.trouble._replace(cause=message)
         self.live[ctx.task_id] = again
-        if not message:
-            return self.ready.put(again)
         delay = _delay(ctx.stage.terms.retry_delay, ctx.attempt)
         self.timer.after(delay, partial(self.ready.put, again))
         ctx.tell(logging.INFO, "task %r: %s; retrying in %.1f s", ctx.name, message, delay)
@@ -3798,7 +3821,7 @@ class _Intake:
     def pull(self) -> None:
         """Submit tasks of the next stage while there is room."""
         if self._filled and not self._crew.ready.qsize():  # so short that a larger stock saves much waking up
-            self._crew.room = min(2 * self._crew.room, 1_024)
+            self._crew.half = min(2 * self._crew.half, 512)
         with self._graph.lock:
             stage = min(self.sources, key=lambda stage: stage.size is None)  # what is known cannot block
         try:
@@ -4018,18 +4041,19 @@ class _Run:
 
     def settle(self, ended: list[tuple[_Attempt, str, str]]) -> None:
         """These attempts have ended, and that is committed."""
+        counts, live = self.tally.counts, self.crew.live
         with self.graph.lock:
             for ctx, status, message in ended:
                 if status == QUEUED:
                     self.crew.retry(ctx, message)
                     continue
                 stage = ctx.stage
-                self.crew.live.pop(ctx.task_id, None)
-                self.tally.counts[status] += 1
+                live.pop(ctx.task_id, None)
+                counts[status] += 1
                 stage.settled += 1
                 if status != DONE:
                     self._note_trouble(ctx, status, message)
-                if stage.has_ended():
+                if stage.exhausted and stage.has_ended():
                     self.graph.stirred(stage)
         self.wake.ring()
 
@@ -4070,7 +4094,7 @@ class _Run:
         """Do what has become urgent since; returns how urgent it is."""
         urgency = self.signals.urgency()
         if urgency > heeded == 0:
-            running = sum(ctx.started_at > "" and not ctx.closed for ctx in list(self.crew.live.values()))
+            running = sum(bool(ctx.started_at) and not ctx.closed for ctx in list(self.crew.live.values()))
             what = f"; {running} running task{'s' * (running != 1)} will finish first" * (running > 0)
             self.display.tell(
                 logging.WARNING, "%s: no new tasks will start%s (again: leave now)", self.signals.name(), what
@@ -4101,10 +4125,7 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         elif not stage.terms.atomic:
             why = "has atomic=False, which streams rows in this process"
         elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
-            executor, each = stage.terms.executor, stage.terms.timeout is not None
-            each = each or type(executor) is not ProcessPoolExecutor  # where one that dies may not end all
-            each = each or bool(getattr(executor, "_max_tasks_per_child", None))
-            stage.terms = stage.terms._replace(packs=True, groups=not each)
+            stage.terms = stage.terms._replace(packs=True, groups=_may_group(stage.terms))
             try:
                 dumps(function)
             except Exception as error:
@@ -4113,6 +4134,16 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         if why:
             what = f"task {stage.name!r}" if stage.name else "worker_fn"
             raise UsageError(f"{what} {why}; {cure}run it on threads, as with @pipe.task(executor=None)")
+
+
+def _may_group(terms: _Terms) -> bool:
+    """Whether tasks may share the way to a process: not where each has a deadline, where the process counts
+    them, or where it may not be the pool's: of ours, each has one, and takes no other with it when it dies.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+
+    limited = terms.timeout is not None or getattr(terms.executor, "_max_tasks_per_child", None)
+    return not limited and type(terms.executor) is ProcessPoolExecutor
 
 
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
@@ -4452,7 +4483,7 @@ def read_status(
     run, run_counts           the last run, or None, with `alive` (None: unknown); the counts of its tasks
     tasks                     the latest `limit` ones; with `failed` those that failed or were cancelled;
                               with `names` all that have one of these
-    running, queued           those that began first; queued ones wait for a retry
+    running, queued           those that began first; queued ones wait for a retry, or their turn
     failed, done, cancelled   the newest ones; the cancelled by reason, {message, number, name of one}
 
     Raises DatabaseError if there is no such database, and does not create it.

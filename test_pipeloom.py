@@ -5073,17 +5073,18 @@ def test_what_could_not_be_sent_has_the_error_and_takes_no_other_tasks_result(db
         if number == 8 and called:
             submit(*call)  # as where a process cannot be started for it
         if number == 8:
+            group.extend(call[1])
             raise OSError(24, "Too many open files")
         return submit(*call)
 
-    counted = count()
+    counted, group = count(), []
     with watched(ProcessPoolExecutor(1, mp_context=get_context("spawn")), submit) as executor:
         pipe = Pipeline(db, schema=SHORT, progress="none", check=False, executor=executor, workers=1)
         pipe.task(short_in_a_process, each=[(20 * number, "", None) for number in range(100)])
         result = pipe.run()
     del executor, pipe
     gc.collect()  # the pool's files
-    assert 1 <= result.error <= pipeloom.TOGETHER and result.done == 100 - result.error
+    assert result.error == len(group) > 1 and result.done == 100 - result.error
     assert len(result.causes) == 1 and result.failures[0].message == "OSError: [Errno 24] Too many open files"
     done = rows(db, "SELECT result, (id - 1) * 20 FROM task_runs WHERE status = 'done' ORDER BY id")
     assert all(int(stored) == number for stored, number in done)
@@ -5095,42 +5096,116 @@ INLINE = SimpleNamespace()  # what a function that is pickled finds
 
 def long_inline(task, ctx):
     INLINE.called.append(task)
-    if task == 20:  # which is not the last of its group
-        os.kill(os.getpid(), signal.SIGINT)
-        assert INLINE.told.wait(WAIT)
+    if task == 10:
+        ctx.put(Squared(task))
+    if task in (20, 21, 22, 150):  # of a group that has more behind
+        INLINE.while_long(task)
         time.sleep(2 * pipeloom.QUICK)
 
 
+@pytest.fixture
+def inline():
+    """A pool of the library's class, which calls at once, in the thread that submits."""
+
+    def submit(_, function, calls):
+        future, before = Future(), len(INLINE.called)
+        future.set_result(function(calls))
+        INLINE.groups.append((len(calls), INLINE.called[before:]))
+        return future
+
+    INLINE.called, INLINE.groups, INLINE.while_long = [], [], int
+    executor = watched(ProcessPoolExecutor(1), submit)
+    yield executor
+    executor.shutdown()
+    gc.collect()  # its files
+
+
+@pytest.mark.parametrize("in_one_commit", [False, True])
+def test_of_short_tasks_what_has_to_wait_for_a_long_one_is_queued_and_called_once(db, inline, in_one_commit):
+    class Seen:
+        def start(self, total):
+            self.running, self.again, self.done = set(), set(), 0
+
+        def update(self, message):
+            if isinstance(message, MsgTaskStarted):
+                self.running.add(message.task_id)
+            elif message.status == "queued":
+                self.running.discard(message.task_id)
+                self.again.add(message.task_id)
+            else:
+                self.running.remove(message.task_id)
+                self.done += 1
+
+        def stop(self, result):
+            pass
+
+    def while_long(task):
+        if task == 150:
+            over.set()
+        if not in_one_commit:
+            threading.Event().wait(0.2)  # until it is stored that the group runs
+
+    def hold_up(conn, message):
+        assert over.wait(WAIT) or not in_one_commit
+
+    over, seen, INLINE.while_long = threading.Event(), Seen(), while_long
+    handlers = {Squared: hold_up} if in_one_commit else {Squared: nothing}
+    run(range(200), db, long_inline, executor=inline, workers=1, progress=seen, handlers=handlers)
+    assert sorted(INLINE.called) == list(range(200)) and INLINE.called[:21] == list(range(21))
+    assert not seen.running and seen.done == 200 and bool(seen.again) != in_one_commit
+    assert {size for size, tasks in INLINE.groups if 21 in tasks or 22 in tasks} == {1}  # as they may take long
+    assert max(INLINE.groups)[0] == pipeloom.TOGETHER
+    assert rows(db, "SELECT DISTINCT status, attempts FROM task_runs") == [("done", 1)]
+
+
 @needs_posix
-def test_ctrl_c_cancels_what_shares_the_way_with_a_long_task_and_has_not_been_called(db):
+def test_ctrl_c_cancels_what_shares_the_way_with_a_long_task_and_has_not_been_called(db, inline):
     class Told(logging.Handler):
         def emit(self, record):
             if "no new tasks" in record.getMessage():
-                INLINE.told.set()
+                told.set()
 
-    def submit(_, function, *call):  # in the thread that submits
-        future = Future()
-        future.set_result(function(*call))
-        return future
+    def while_long(task):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told.wait(WAIT)
 
-    INLINE.called, INLINE.told = [], threading.Event()
-    handler = Told()
+    told, handler = threading.Event(), Told()
+    INLINE.while_long = while_long
     pipeloom.logger.addHandler(handler)
-    executor = watched(ProcessPoolExecutor(1), submit)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run(range(200), db, long_inline, executor=executor, workers=1)
+            run(range(200), db, long_inline, executor=inline, workers=1, handlers={Squared: nothing})
     finally:
         pipeloom.logger.removeHandler(handler)
     assert INLINE.called == list(range(21))
     counts = dict(rows(db, "SELECT status, count(*) FROM task_runs GROUP BY status"))
     assert counts["done"] == 21 and set(counts) <= {"done", "cancelled"}
+    never = "SELECT DISTINCT started_at, attempts FROM task_runs WHERE status = 'cancelled'"
+    assert rows(db, never) in ([], [(None, 0)])
     INLINE.called.clear()
-    assert run(range(200), db, long_inline, executor=executor, workers=1, resume=True).done == 179
-    assert INLINE.called == list(range(21, 200))
-    executor.shutdown()
-    del executor
-    gc.collect()  # its files
+    INLINE.while_long = int
+    options = {"workers": 1, "resume": True, "handlers": {Squared: nothing}}
+    assert run(range(200), db, long_inline, executor=inline, **options).done == 179
+    assert sorted(INLINE.called) == list(range(21, 200))
+
+
+def test_the_end_of_a_task_that_another_has_ended_keeps_when_it_started(db):
+    ended = threading.Event()
+
+    def work(task, ctx):
+        if task.task_id == 1:
+            return ended.wait(WAIT)
+        ctx.put(MsgTaskFinished(1, "done", "now", None, "by another"))
+        while True:
+            with ctx.connect() as conn:
+                if conn.execute("SELECT 1 FROM task_runs WHERE message = 'by another'").fetchone():
+                    return ended.set()
+            ctx.sleep(0.01)
+
+    run([Task(1, "a"), Task(2, "b")], db, work, workers=2, timeout=WAIT)
+    assert rows(db, "SELECT status, attempts, started_at IS NULL, message FROM task_runs WHERE id = 1") == [
+        ("done", 1, 0, "")
+    ]
 
 
 NOT_PICKLED = "cannot be sent to another process: .*; define it with def at the top of a module, or"
@@ -7378,7 +7453,8 @@ def test_there_is_no_eta_while_the_rest_waits_for_a_retry_and_none_that_is_a_gue
     for id in (1, 2):
         board.update(MsgTaskFinished(id, "done", "now"))
     for id in (3, 4):
-        board.update(MsgTaskFinished(id, "queued", ""))
+        board.update(MsgTaskFinished(id, "queued", "", None, "attempt 1 failed: why"))
+    board.update(MsgTaskFinished(5, "queued", ""))  # which has not failed, but waits for its turn
     assert board.eta(10) is None and "2 to retry" in shown_by(board)[0] and "2/4 done" in shown_by(board)[0]
     board.total = 9  # others come after these
     assert board.eta(10) is None
