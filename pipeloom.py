@@ -748,6 +748,9 @@ class Channel:
             raise self.failure
         self._queue.put((sender, message))
 
+    def has_room(self) -> bool:
+        return bool(self._queue.qsize() + self._rows < self._limit)
+
     def _wait_for_room(self, sender: _Attempt) -> None:
         """Not for what is refused, nor where nobody would make room: the garbage collector may call an old
         task's finalizer in any thread, and a child that a task has forked has no writer.
@@ -1191,8 +1194,8 @@ class SQLiteWriter(threading.Thread):
                 began = time.monotonic()
                 if batch:
                     self._commit(batch)
-                if time.monotonic() - began < GATHER:  # so little that messages should gather for the next
-                    time.sleep(GATHER)
+                if time.monotonic() - began < GATHER and self._channel.has_room():
+                    time.sleep(GATHER)  # it was so little that messages should gather for the next
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well

@@ -7088,6 +7088,15 @@ def test_when_two_threads_end_an_attempt_at_once_one_wins():
     assert told == [True, False] and [message for _, message in next(channel.batches())] == ["first"]
 
 
+def test_a_channel_has_room_until_messages_and_rows_are_as_many_as_its_limit():
+    channel = pipeloom.Channel(limit=4)
+    channel.put(SENDER, 0)
+    assert channel.has_room()
+    channel.put(SENDER, 1, rows=2)
+    assert not channel.has_room()
+    assert [message for _, message in next(channel.batches())] == [0, 1] and channel.has_room()
+
+
 def test_a_channel_that_fails_releases_every_waiting_producer():
     channel, raised = pipeloom.Channel(limit=1), []
     channel.put(SENDER, 0)
