@@ -2671,8 +2671,9 @@ class _Attempt(TaskContext):
     def put_back(self) -> None:
         """It has not been called after all: it may begin again, or be cancelled."""
         with self.lock:
-            self.started_at = None
-            self.run.channel.push(self, PUT_BACK)
+            if not self.closed:  # else its end is on its way
+                self.started_at = None
+                self.run.channel.push(self, PUT_BACK)
 
     def cancel_unstarted(self, reason: str) -> None:
         """Cancel it unless it runs, or ran."""

@@ -5189,6 +5189,38 @@ def test_ctrl_c_cancels_what_shares_the_way_with_a_long_task_and_has_not_been_ca
     assert sorted(INLINE.called) == list(range(21, 200))
 
 
+@needs_posix
+def test_a_second_ctrl_c_cancels_what_has_begun_with_a_long_task_once(db, inline):
+    class Seen:
+        def start(self, total):
+            self.ends = Counter()
+
+        def update(self, message):
+            if isinstance(message, MsgTaskFinished):
+                self.ends[message.status] += 1
+
+        def stop(self, result):
+            self.result = result
+
+    def while_long(task):  # until both are heeded: the group is cancelled, and then the rest comes back
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: told)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: seen.ends["cancelled"])
+
+    told, handler, seen, before = [], logging.Handler(), Seen(), threading.active_count()
+    handler.emit = lambda record: told.append(record) if "no new tasks" in record.getMessage() else None
+    INLINE.while_long = while_long
+    pipeloom.logger.addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(range(200), db, long_inline, executor=inline, workers=1, progress=seen, handlers={Squared: nothing})
+    finally:
+        pipeloom.logger.removeHandler(handler)
+    wait_for(lambda: threading.active_count() == before)
+    assert seen.ends["queued"] == 0 and seen.ends["done"] == seen.result.done == 15
+
+
 def test_the_end_of_a_task_that_another_has_ended_keeps_when_it_started(db):
     ended = threading.Event()
 
