@@ -5222,11 +5222,13 @@ def test_a_second_ctrl_c_cancels_what_has_begun_with_a_long_task_once(db, inline
 
 
 def test_the_end_of_a_task_that_another_has_ended_keeps_when_it_started(db):
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def work(task, ctx):
         if task.task_id == 1:
+            begun.set()
             return ended.wait(WAIT)
+        assert begun.wait(WAIT)
         ctx.put(MsgTaskFinished(1, "done", "now", None, "by another"))
         while True:
             with ctx.connect() as conn:
