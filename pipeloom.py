@@ -1268,7 +1268,7 @@ class SQLiteWriter(threading.Thread):
         joined = _Joined(self.conn, len(batch))
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
-                if sender is not None and message is STARTED:  # always its first, and accepted
+                if sender is not None and message is STARTED:  # each task's, and never refused
                     self.status.begin(sender)
                 else:
                     self._apply(sender, message, joined)
@@ -2954,6 +2954,19 @@ def _identify(task: Any) -> tuple[Any, str | None]:
     return getattr(task, "task_id", None), getattr(task, "name", None)
 
 
+def _way_to(executor: Any, timeout: float | None) -> tuple[bool, bool]:
+    """Whether what goes to an executor is pickled here, as for the library's pool; and whether short tasks
+    may go in groups. Not with a deadline each, nor where a process counts tasks or may not be the pool's.
+    """
+    if executor is None:
+        return False, False
+    from concurrent.futures import ProcessPoolExecutor  # slow, and needed by few
+
+    alone = timeout is not None or getattr(executor, "_max_tasks_per_child", None)
+    whole = type(executor) is ProcessPoolExecutor  # as ours is not, where a process that dies ends no other
+    return isinstance(executor, ProcessPoolExecutor), whole and not alone
+
+
 class _Stage:
     """How far a run is with the tasks of one declaration. _Intake and the graph's lock guard it.
 
@@ -2965,7 +2978,8 @@ class _Stage:
         chosen = {**options, **declared.options}
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
         terms = {name: chosen[name] for name in STAGE_OPTIONS}
-        self.terms = _Terms(writer.store.path, writer.kinds, limit, False, False, **terms)
+        way = _way_to(chosen["executor"], chosen["timeout"])
+        self.terms = _Terms(writer.store.path, writer.kinds, limit, *way, **terms)
         self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
@@ -4057,7 +4071,7 @@ class _Run:
                 stage.settled += 1
                 if status != DONE:
                     self._note_trouble(ctx, status, message)
-                if stage.exhausted and stage.has_ended():
+                if stage.has_ended():
                     self.graph.stirred(stage)
         self.wake.ring()
 
@@ -4120,7 +4134,6 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
     for stage in stages:
         if stage.terms.executor is None:
             continue
-        from concurrent.futures import ProcessPoolExecutor  # slow, and needed by few
         from pickle import dumps
 
         function, why, cure = stage.declared.function, "", ""
@@ -4128,8 +4141,7 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
             why = "is an async def, which needs the event loop of this process"
         elif not stage.terms.atomic:
             why = "has atomic=False, which streams rows in this process"
-        elif isinstance(stage.terms.executor, ProcessPoolExecutor):  # others may have their own ways
-            stage.terms = stage.terms._replace(packs=True, groups=_may_group(stage.terms))
+        elif stage.terms.packs:  # others may have their own ways
             try:
                 dumps(function)
             except Exception as error:
@@ -4138,16 +4150,6 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
         if why:
             what = f"task {stage.name!r}" if stage.name else "worker_fn"
             raise UsageError(f"{what} {why}; {cure}run it on threads, as with @pipe.task(executor=None)")
-
-
-def _may_group(terms: _Terms) -> bool:
-    """Whether tasks may share the way to a process: not where each has a deadline, where the process counts
-    them, or where it may not be the pool's: of ours, each has one, and takes no other with it when it dies.
-    """
-    from concurrent.futures import ProcessPoolExecutor
-
-    limited = terms.timeout is not None or getattr(terms.executor, "_max_tasks_per_child", None)
-    return not limited and type(terms.executor) is ProcessPoolExecutor
 
 
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
