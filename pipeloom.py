@@ -1024,8 +1024,6 @@ class _Status:
         init_schema(self._store.conn, store_task_status=self.kept)
         if not self.kept:
             return
-        from socket import gethostname
-
         execute = self._store.conn.execute
         self.last_id = execute("SELECT coalesce(max(id), ?) FROM task_runs", (NEVER,)).fetchone()[0]
         if run is None:
@@ -1035,7 +1033,9 @@ class _Status:
         if execute(UNSETTLED).fetchone() or not execute("SELECT 1 FROM pipeline_runs").fetchone():
             execute(UNFINISHED_TASKS, ("interrupted", _now()))  # by the death of that run
             execute(UNFINISHED_RUNS, (_now(),))
-        row = (_now(), gethostname(), os.getpid(), __version__, run.graph.total())
+        # socket.gethostname() is the same, but socket takes long to import.
+        host = os.environ.get("COMPUTERNAME", "") if sys.platform == "win32" else os.uname().nodename
+        row = (_now(), host, os.getpid(), __version__, run.graph.total())
         self.run_id = execute(START_RUN, row).lastrowid
 
     def end(self, status: str, reason: str, counts: Sequence[int]) -> None:
@@ -1414,7 +1414,8 @@ class _Joined:
                 if at < self._last.get(sender, 0):
                     at = self._newest[sql] = len(self._groups)
                     self._groups.append((sql, []))
-                self._last[sender] = at
+                if at:  # 0 is what it is otherwise, and mostly
+                    self._last[sender] = at
                 self._groups[at][1].extend(rows)
                 return True
         if type(m) not in STATUS:
@@ -2366,11 +2367,13 @@ MANY_ROWS = 1_000_000  # held by one task before it is told of atomic=False
 STREAM_ROWS = 1_000  # that an atomic=False task sends at once
 _Terms = namedtuple("_Terms", "path kinds limit packs groups retries retry_delay timeout atomic executor")
 _Sent = namedtuple("_Sent", "message place")  # what a task stores, and the line that sent it
-_Statement = namedtuple("_Statement", "sql params many place")  # a MsgExecute, in the same way
+# A MsgExecute, in the same way; or rows that are gathered: `many` is then how many it takes at most.
+_Statement = namedtuple("_Statement", "sql params many place")
 _Trouble = namedtuple("_Trouble", "error traceback cause")  # why an attempt failed; the cause groups failures
 RLock: Any = type(threading.RLock())  # threading's own is a function around it
 _NO_TROUBLE = _Trouble(None, None, "")
-_NO_GROUP: tuple[Any, list[Any], int, Any] = (object(), [], 0, None)
+_statement_of = partial(tuple.__new__, _Statement)  # as with _row_of
+_NO_GROUP = _Statement(object(), [], 0, None)
 
 
 class TaskContext:
@@ -2397,7 +2400,7 @@ class TaskContext:
         self.news: Any = None  # the newest progress
         self.held: list[Any] = []  # messages that wait for the finish
         self._held_rows = self._thread = 0  # how many rows; which thread runs the function
-        self._group = _NO_GROUP  # consecutive statements with the same SQL: that, rows, limit, message
+        self._group = _NO_GROUP  # consecutive statements with the same SQL
 
     def put(self, message: Any, block: bool = True, timeout: float | None = None) -> None:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
@@ -2532,8 +2535,8 @@ class TaskContext:
             rows, self._group = self._group[1], _NO_GROUP
             return self._count(len(rows))
         with self.lock:  # a thread of the task's may have ended it, and be here as well
-            (_, rows, _, statement), self._group = self._group, _NO_GROUP
-        return self.deliver(statement) if rows else None
+            statement, self._group = self._group, _NO_GROUP
+        return self.deliver(statement) if statement.params else None
 
     def deliver(self, sent: _Sent | _Statement) -> None:
         """Keep what is to be stored if the task is done."""
@@ -2550,16 +2553,16 @@ class TaskContext:
         _check_sql(sql)
         self.deliver(_Statement(sql, rows, True, _place(2)))
 
-    def _new_group(self, sql: str) -> tuple[Any, list[Any], int, Any]:
+    def _new_group(self, sql: str) -> _Statement:
         if self._group is not _NO_GROUP:
             self.flush()
         _check_sql(sql)
         if self.closed or self.reason is not None:
             self._refuse_if_closed()
-        statement, terms = _Statement(sql, [], True, _place(2)), self._terms
-        self._group = group = (sql, statement.params, terms.limit, statement)
+        terms = self._terms
+        self._group = group = _statement_of((sql, [], terms.limit, _place(2)))
         if terms.atomic:
-            self.held.append(statement)  # now, with the rows that come later
+            self.held.append(group)  # now, with the rows that come later
         return group
 
     def _refuse_if_closed(self, sent: Any = None) -> None:
@@ -2748,9 +2751,12 @@ def _place(depth: int) -> tuple[str, int, str] | None:
     what called that.
     """
     frame: Any = sys._getframe(depth).f_back
-    while frame is not None and not _is_users(frame.f_code.co_filename):
+    while frame is not None:
+        code = frame.f_code
+        if _is_users(code.co_filename):
+            return code.co_filename, frame.f_lineno, code.co_name
         frame = frame.f_back
-    return frame and (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    return None
 
 
 @lru_cache(10_000)
