@@ -277,13 +277,14 @@ SENTINEL = object()  # asks a writer to commit what it has and stop; known by id
 def _now() -> str:
     """ISO 8601 text in UTC; all but its end is the same for a whole millisecond, and kept."""
     global _millisecond
-    now, (start, text) = time.time_ns() // 1000, _millisecond
-    if not start <= now < start + 1000:
-        start = now - now % 1000
-        second, milli = divmod(start // 1000, 1000)
-        text = datetime.fromtimestamp(second, timezone.utc).strftime(f"%Y-%m-%dT%H:%M:%S.{milli:03}")
-        _millisecond = start, text
-    return text + MICROSECONDS[now - start]
+    start, text = _millisecond
+    micro = time.time_ns() // 1000 - start
+    if not 0 <= micro < 1000:
+        milli, micro = divmod(micro + start, 1000)
+        second = datetime.fromtimestamp(milli // 1000, timezone.utc)
+        text = second.strftime(f"%Y-%m-%dT%H:%M:%S.{milli % 1000:03}")
+        _millisecond = milli * 1000, text
+    return text + MICROSECONDS[micro]
 
 
 MICROSECONDS = [f"{micro:03}+00:00" for micro in range(1000)]
@@ -683,6 +684,9 @@ def _holder(db_path: str) -> str:
 # ---- Channel: the bounded way from the workers to the writer -------------------------------------------
 
 
+SMALL = 6  # so many rows count as a message
+
+
 class _Bell:
     """Wakes its one sleeper: the lock is free after a ring. Any thread, and a signal handler, may ring."""
 
@@ -709,11 +713,11 @@ class Channel:
     wait for good. A lone SQLiteWriter's user has a queue.Queue instead, whose items are bare messages.
     """
 
-    def __init__(self, source: Any = None, limit: int = 2_000) -> None:
+    def __init__(self, source: Any = None, limit: int = 700) -> None:
         self._queue: Any = queue.SimpleQueue() if source is None else source
         self._bare = source is not None
-        self._limit = limit
-        self._rows = 0  # in the messages, which count as well: what waits here stays small; no lock, a guess
+        self._limit = limit  # more would be slower, as they leave the processor's cache
+        self._rows = 0.0  # what the rows in them count as, in messages; no lock, a guess
         self._room = threading.Condition()
         self._reader, self._pid = 0, os.getpid()  # the thread that drains it, and its process
         self._ended = False
@@ -732,7 +736,7 @@ class Channel:
         if self.failure is not None:
             raise self.failure
         if rows > 1:
-            self._rows += rows  # before they come; too many, if the sender is closed: see _wait_for_room
+            self._rows += rows / SMALL  # before they come; not so, if the sender is closed: see _wait_for_room
         with sender.lock:
             if sender.closed:
                 return False
@@ -765,7 +769,7 @@ class Channel:
     def batches(self) -> Iterator[list[tuple[_Attempt | None, Any]]]:
         """Everything there is, waiting for the first message; who asks for more has stored what it got."""
         while not self._ended:
-            self._rows, self._reader = 0, get_ident()
+            self._rows, self._reader = 0.0, get_ident()
             items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
             taken = len(items)
             with self._room:
@@ -1194,7 +1198,7 @@ class SQLiteWriter(threading.Thread):
                 began = time.monotonic()
                 if batch:
                     self._commit(batch)
-                if time.monotonic() - began < GATHER and self._channel.has_room():
+                if batch and time.monotonic() - began < GATHER and self._channel.has_room():
                     time.sleep(GATHER)  # it was so little that messages should gather for the next
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
@@ -1400,7 +1404,7 @@ class _Joined:
         self._conn = conn
         self._joins = messages > 1
         self._groups: list[tuple[str, list[Any]]] = []  # statements in their order, and all rows of each
-        self._newest: dict[str, int] = {}  # the last group of each statement
+        self._newest: dict[str, tuple[int, int]] = {}  # the last group of each statement, and its columns
         self._last: dict[_Attempt | None, int] = {}  # the last group of each task
 
     def takes(self, sender: _Attempt | None, m: Any) -> bool:
@@ -1409,10 +1413,11 @@ class _Joined:
         """
         if self._joins and type(m) is _Statement:
             sql, rows, many, _ = m
-            if many and len(rows) <= FEW and _are_plain(rows, _insert_parts(sql)[3]):
-                at = self._newest.get(sql, -1)
+            at, width = self._newest.get(sql) or (-1, _insert_parts(sql)[3])
+            if many and len(rows) <= FEW and _are_plain(rows, width):
                 if at < self._last.get(sender, 0):
-                    at = self._newest[sql] = len(self._groups)
+                    at = len(self._groups)
+                    self._newest[sql] = at, width
                     self._groups.append((sql, []))
                 if at:  # 0 is what it is otherwise, and mostly
                     self._last[sender] = at
@@ -4077,6 +4082,7 @@ class _Run:
                 stage.settled += 1
                 if status != DONE:
                     self._note_trouble(ctx, status, message)
+            for stage in {ctx.stage: None for ctx, _, _ in ended}:
                 if stage.has_ended():
                     self.graph.stirred(stage)
         self.wake.ring()

@@ -7063,7 +7063,7 @@ def test_rows_fill_the_channel_until_their_message_is_drained():
             channel.put(SENDER, number)
         done.set()
 
-    channel.put(SENDER, 1, rows=20)
+    channel.put(SENDER, 1, rows=100)
     thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     assert not done.wait(0.05)
@@ -7126,7 +7126,7 @@ def test_a_channel_has_room_until_messages_and_rows_are_as_many_as_its_limit():
     channel = pipeloom.Channel(limit=4)
     channel.put(SENDER, 0)
     assert channel.has_room()
-    channel.put(SENDER, 1, rows=2)
+    channel.put(SENDER, 1, rows=2 * pipeloom.SMALL)
     assert not channel.has_room()
     assert [message for _, message in next(channel.batches())] == [0, 1] and channel.has_room()
 
