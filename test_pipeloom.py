@@ -4169,6 +4169,12 @@ def test_many_rows_of_many_shapes_arrive_whole(db):
             "INSERT INTO u VALUES (?, ?) ON CONFLICT(k) DO UPDATE SET n = n + excluded.n",
             [(1, 2), (1, 3), (2, 4)],
         ),
+        ("INSERT INTO u(n, k) VALUES ('a, (b)', ?)", [(1,), (2,)]),
+        ("INSERT OR REPLACE INTO u VALUES (?, -1.5)", [(1,), (1,), (2,)]),
+        ("insert into u values (null, ?)", [(1,), (2,)]),
+        ("INSERT INTO u VALUES (?, '?')", [(1,), (2,)]),
+        ("INSERT INTO u VALUES (?, 'it''s')", [(1,), (2,)]),
+        ("INSERT INTO u VALUES (?, random() < 0 OR 1)", [(1,), (2,)]),
         ("INSERT INTO t VALUES (:a)", [{"a": 1}, {"a": 2}]),
         ("UPDATE t SET a = ? RETURNING a", [(1,), (2,)]),
         ("WITH w AS (SELECT ?) INSERT INTO t SELECT * FROM w", [(1,), (2,)]),
@@ -7193,10 +7199,12 @@ def test_the_same_statement_of_many_tasks_is_run_once():
         for task in range(300):
             for sql in (INTO_A, INTO_B):
                 assert joined.takes(task, pipeloom._Statement(sql, [(task, 1)], True, None))
+            for sql in ("INSERT INTO a VALUES (?, 'load')", "INSERT INTO b VALUES (NULL, ?)"):
+                assert joined.takes(task, pipeloom._Statement(sql, [(task,)], True, None))
         conn.set_trace_callback(run_there.append)
         joined.insert()
         conn.set_trace_callback(None)
-        assert [sql.split()[2][:1] for sql in run_there if sql.startswith("INSERT")] == ["a", "b"]
+        assert [sql.split()[2][:1] for sql in run_there if sql.startswith("INSERT")] == ["a", "b", "a", "b"]
 
 
 # ---- Room: roster --------------------------------------------------------------------------------------
