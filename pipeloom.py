@@ -1004,8 +1004,8 @@ _TaskRow = namedtuple(  # of task_runs, as the next commit will write it; in the
 # A namedtuple's own __new__ is Python, and takes twice as long. These are for each task, from a tuple.
 _row_of, _finish_of = partial(tuple.__new__, _TaskRow), partial(tuple.__new__, _Finish)
 _finish_fields = attrgetter(*_Finish._fields)
-_alike, ALIKE = itemgetter(2, 3, 4, 8, 10), (DONE, 1.0, "", 1, None)  # what STORE_DONE says by itself
-_varying = itemgetter(0, 1, 5, 6, 7, 9)  # and what it is told
+_alike, ALIKE = itemgetter(2, 4, 8), (DONE, "", 1)  # status, message and attempts of what STORE_DONE stores
+_varying = itemgetter(0, 1, 5, 6, 7, 9)  # what it is told of that; the rest is the same for all
 
 
 class _Status:
@@ -1100,9 +1100,10 @@ class _Status:
         id, status, at, result, message = m if type(m) is _Finish else _finish_fields(m)
         if status == ERROR and sender is not None and sender.may_retry():
             status, at, result, message = QUEUED, "", None, f"attempt {sender.attempt} failed: {message}"
-        part, trace = 1.0 if status == DONE else row.progress, row.traceback
+        part, trace = (1.0, None) if status == DONE else (row.progress, row.traceback)
         if sender is not None:
-            trace = sender.trouble.traceback if status != DONE else None
+            if status != DONE:
+                trace = sender.trouble.traceback
             self.ended.append((sender, status, message))
         self._pending[id] = _row_of((
             id, row.name, status, part, message, row.started_at, at or None, result, row.attempts,
