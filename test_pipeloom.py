@@ -6847,6 +6847,17 @@ def test_sh_never_mixes_the_output_of_two_commands(home):
         assert len(blocks) == 24 and all(len(block) == 9 for block in blocks)
 
 
+@needs_posix
+def test_sh_keeps_output_in_files_that_it_closes_and_needs_no_TMPDIR(home):
+    out, err = sh(home, "-w", "1", "-q", "echo {}; echo {} >&2", *range(3), env={"TMPDIR": str(home / "missing")})
+    assert out == err == "0\n1\n2\n"
+    limits = "import resource, sys, os; resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = ["pipeloom.py", "sh", "-q", "--db", "few.db", "echo {}; test {} -gt 30", *map(str, range(60))]
+    done = subprocess.run([sys.executable, "-c", limits, *command], cwd=str(home), stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and sorted(map(int, done.stdout.split())) == list(range(60))
+    assert list(commands_in(home, "few.db").values()).count("done") == 29
+
+
 @needs_linux
 @once
 def test_sh_copies_output_that_is_larger_than_its_memory(home):
