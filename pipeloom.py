@@ -435,11 +435,16 @@ RUN_COLUMNS = {
 }  # fmt: skip
 TABLES = {"task_runs": COLUMNS, "pipeline_runs": RUN_COLUMNS}
 _NAMES = ", ".join(COLUMNS)
-STORE_TASKS, STORE_DONE = (  # no REPLACE, which would fire ON DELETE CASCADE of a user's own tables
-    f"INSERT INTO task_runs({_NAMES}) VALUES ({values})"
-    f" ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS)}"
-    for values in (", ".join("?" * len(COLUMNS)), "?, ?, 'done', 1.0, '', ?, ?, ?, 1, ?, NULL")
-)  # the second for what nearly all rows end as: each value less is a tenth of a microsecond
+# For _insert(). No REPLACE, which would fire ON DELETE CASCADE of a user's own tables. The second is for what
+# nearly all rows end as: each value less is a tenth of a microsecond.
+STORE_TASKS, STORE_DONE = (
+    (
+        f"INSERT INTO task_runs({_NAMES}) VALUES ", values,
+        f" ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS)}",
+        values.count("?"),
+    )
+    for values in (f"({', '.join('?' * len(COLUMNS))})", "(?, ?, 'done', 1.0, '', ?, ?, ?, 1, ?, NULL)")
+)  # fmt: skip
 LOAD_TASK = f"SELECT {_NAMES} FROM task_runs WHERE id = ?"
 INDEX_NAMES = "CREATE INDEX IF NOT EXISTS task_runs_name ON task_runs(name)"  # once there are old names
 FIND_ID = "SELECT id, status, coalesce(run_id, 0) FROM task_runs WHERE id = ?"
@@ -805,11 +810,11 @@ FEW = 100  # rows that are stored together with those of other tasks; more have 
 GATHER = 0.001  # seconds between commits that are quicker than that
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
 _NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
-_VALUE = r"(?:\?|NULL|[+-]?\d+(?:\.\d+)?|'[^'?]*')"
 INSERT_VALUES = re.compile(  # the plain form only, which means the same with several rows
     rf"(?P<head>\s*(?:INSERT|REPLACE)(?:\s+OR\s+\w+)?\s+INTO\s+{_NAME}(?:\s*\.\s*{_NAME})?"
     rf"(?:\s*\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))?\s*VALUES\s*)"
-    rf"(?P<row>\(\s*{_VALUE}(?:\s*,\s*{_VALUE})*\s*\))(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b[^?]*)$",
+    r"(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))"
+    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\bSELECT\b)[^?])*)$",  # a subquery is run once a statement
     re.IGNORECASE,
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
@@ -1365,14 +1370,14 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
     """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
     rows = m.params if m.many else [m.params]
-    width = _insert_parts(m.sql)[3]
-    joins = m.many and _are_plain(rows, width)
+    parts = _insert_parts(m.sql)
+    joins = m.many and _are_plain(rows, parts[3])
     start, left = 0, iter(rows)
     try:
         if joins:
-            size = max(1, VARIABLES // width)
+            size = max(1, VARIABLES // parts[3])
             for start in range(0, len(rows), size):
-                _insert(conn, m.sql, rows[start : start + size])
+                _insert(conn, parts, rows[start : start + size])
         elif m.many and MANY.match(m.sql):
             conn.executemany(m.sql, left)
         else:
@@ -1439,7 +1444,7 @@ class _Joined:
 
     def insert(self) -> None:
         for sql, rows in self._groups:
-            _insert(self._conn, sql, rows)
+            _insert(self._conn, _insert_parts(sql), rows)
         self._groups, self._newest, self._last = [], {}, {}
 
 
@@ -1460,9 +1465,9 @@ def _insert_parts(sql: str) -> tuple[str, str, str, int]:
     return (match["head"], match["row"], match["tail"], sql.count("?")) if match else ("", "", "", 0)
 
 
-def _insert(conn: sqlite3.Connection, sql: str, rows: list[Any]) -> None:
+def _insert(conn: sqlite3.Connection, parts: tuple[str, str, str, int], rows: list[Any]) -> None:
     """Insert plain rows, as many in a statement as it may have variables."""
-    head, row, tail, width = _insert_parts(sql)
+    head, row, tail, width = parts
     size = max(1, VARIABLES // width)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
@@ -4095,7 +4100,7 @@ class _Run:
             for stage in {ctx.stage: None for ctx, _, _ in ended}:
                 if stage.has_ended():
                     self.graph.stirred(stage)
-        if not self.crew.ready.qsize():  # else a worker rings in time for more to be pulled
+        if self.stopping or not self.crew.ready.qsize():  # else a worker rings in time for more to be pulled
             self.wake.ring()
 
     def _note_trouble(self, ctx: _Attempt, status: str, message: str) -> None:
@@ -4851,11 +4856,11 @@ def _told_error(text: str, cause: str = "") -> _ToldError:
 
 def _unnamed_file() -> int:
     """The descriptor of a new file that is gone once it is closed, everywhere."""
-    if hasattr(os, "O_TMPFILE"):  # tempfile does the same, with twice as many system calls
-        with suppress(OSError):  # not all file systems can
-            return os.open(os.environ.get("TMPDIR", "/tmp"), os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600)
-    from tempfile import TemporaryFile
+    from tempfile import TemporaryFile, gettempdir
 
+    if hasattr(os, "O_TMPFILE"):  # as tempfile does, with half of its system calls
+        with suppress(OSError):  # not all file systems can
+            return os.open(gettempdir(), os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600)
     with TemporaryFile() as file:
         return os.dup(file.fileno())
 
