@@ -689,8 +689,7 @@ def _holder(db_path: str) -> str:
 
 # ---- Channel: the bounded way from the workers to the writer -------------------------------------------
 
-
-SMALL = 6  # so many rows count as a message
+SMALL = 6  # so many rows count as one message
 
 
 class _Bell:
@@ -742,7 +741,7 @@ class Channel:
         if self.failure is not None:
             raise self.failure
         if rows > 1:
-            self._rows += rows / SMALL  # before they come; not so, if the sender is closed: see _wait_for_room
+            self._rows += rows / SMALL  # before they come; too many, if it is closed: see _wait_for_room
         with sender.lock:
             if sender.closed:
                 return False
