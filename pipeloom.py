@@ -1139,11 +1139,10 @@ class _Status:
     def write(self) -> None:
         done: list[_TaskRow] = []
         others: list[_TaskRow] = []
-        for row in self._pending.values():
+        for row in self._pending.values() if self.kept else ():
             (done if _alike(row) == ALIKE else others).append(row)
-        if self.kept:
-            _insert(self._store.conn, STORE_TASKS, others)
-            _insert(self._store.conn, STORE_DONE, list(map(_varying, done)))
+        _insert(self._store.conn, STORE_TASKS, others)
+        _insert(self._store.conn, STORE_DONE, list(map(_varying, done)))
 
     def committed(self) -> None:
         for id, row in self._pending.items():
@@ -4786,7 +4785,7 @@ class _Shell:
             if before is not None:  # the attempt before timed out, and is not gone yet
                 before.join(KILL_AFTER)
                 ctx.check()
-            for _ in range(2):
+            for _ in range(2):  # one by one: if there is no second, the first is closed
                 files.append(_unnamed_file())
             out, err = files
             code = self._wait(command, ctx, out, err)
