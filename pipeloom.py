@@ -1211,8 +1211,8 @@ class SQLiteWriter(threading.Thread):
                 began = time.monotonic()
                 if batch:
                     self._commit(batch)
-                if batch and time.monotonic() - began < GATHER and self._channel.has_room():
-                    time.sleep(GATHER)  # it was so little that messages should gather for the next
+                    if time.monotonic() - began < GATHER and self._channel.has_room():
+                        time.sleep(GATHER)  # it was so little that messages should gather for the next
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
