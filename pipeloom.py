@@ -70,6 +70,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
 from itertools import accumulate, chain, compress, count, groupby, islice
 from operator import attrgetter, index, is_, itemgetter, length_hint
@@ -80,12 +82,19 @@ from unicodedata import category, east_asian_width
 
 if __name__ == "__main__":
     # This copy of the file would have classes of its own, which the tasks' `import pipeloom` does not know:
-    # hand over to the real module.
+    # hand over to the real module. It gets this code: to import it would be to compile it again, where
+    # nothing is cached.
+    _file = os.path.abspath(__file__)
+    _loader = SourceFileLoader(os.path.basename(_file).partition(".")[0], _file)
+    _spec: Any = __spec__ or spec_from_loader(_loader.name, _loader)
     if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
-        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
-    _pipeloom = import_module(_name)
-    _pipeloom._end_program(_pipeloom.main)
+        sys.path.insert(0, os.path.dirname(_file))
+    if _spec.name not in sys.modules:  # as its package may import it
+        sys.modules[_spec.name] = module_from_spec(_spec)
+        if _spec.parent:
+            setattr(sys.modules[_spec.parent], _spec.name.rpartition(".")[2], sys.modules[_spec.name])
+        exec(sys._getframe().f_code, vars(sys.modules[_spec.name]))
+    sys.modules[_spec.name]._end_program(sys.modules[_spec.name].main)
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
@@ -4752,11 +4761,12 @@ class _Shell:
         self._busy: dict[int, threading.Thread] = {}  # by task_id; some may be of attempts that were cut off
 
     def __enter__(self) -> Any:
-        from inspect import getsource
+        from linecache import getlines  # as inspect.getsource() does, without its tokenizer: a tenth of a start
         from subprocess import DEVNULL, PIPE, Popen
 
-        parts = [getsource(function) for function in (_members, _send, _end, _keep)]
-        program = "\n".join([KEEPER, *parts, f"_keep({KILL_AFTER})"])
+        first, end = (function.__code__.co_firstlineno - 1 for function in (_members, main))
+        lines = getlines(_members.__code__.co_filename, globals())[first:end]
+        program = "".join([KEEPER, *lines, f"_keep({KILL_AFTER})"])
         try:
             self._keeper: Any = Popen(
                 [sys.executable, "-IS", "-c", program], stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL,
@@ -4767,13 +4777,11 @@ class _Shell:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from subprocess import TimeoutExpired
-
-        self._tell("over", 0)  # it ends what is left, and then itself
+        self._tell("over", 0)  # it ends what is left, and then itself, unless somebody has stopped it
         until = time.monotonic() + GRACE
-        with suppress(TimeoutExpired):  # somebody has stopped it
-            self._keeper.wait(GRACE)
-        for thread in list(self._busy.values()):  # prints what its command has written
+        ended = threading.Thread(target=self._keeper.wait, daemon=True)  # wait(GRACE) would take long naps
+        ended.start()
+        for thread in (ended, *self._busy.values()):  # which print what their commands have written
             thread.join(max(until - time.monotonic(), 0.0))
 
     def run(self, command: _Command, ctx: _Attempt) -> str:
@@ -4966,7 +4974,7 @@ def _keep(patience: float) -> None:
         if live & cut:
             threading.Thread(target=_end, args=(live & cut, patience)).start()
         live, cut = live - cut, cut - live
-        if block:
+        if live and block:
             time.sleep(0.02)  # to be woken for each line would cost much
     _end(live, patience)
 
@@ -5327,7 +5335,7 @@ def _load_target(target: str) -> Any:
 
 def _import_target(place: str) -> Any:
     """Import a module by its name, or a file from where it is, whatever else has its name."""
-    from importlib.util import module_from_spec, spec_from_file_location
+    from importlib.util import spec_from_file_location
 
     sys.path.insert(0, os.path.dirname(os.path.abspath(place)))  # of a module's name: where we are
     if not place.endswith(".py"):

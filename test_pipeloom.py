@@ -5930,18 +5930,39 @@ def test_the_command_line_of_the_original_works(home):
         ("-m repo.vendor.pipeloom", "job:Group.inner"),
         ("repo/vendor/pipeloom.py", "job.py"),
         ("repo/vendor/pipeloom.py", "job:main"),  # which is not beside pipeloom.py
+        ("pipeloom", "job.py:main"),  # a copy in some folder of programs
+        ("-m repo.vendor.pipeloom --package", "job.py:main"),
     ],
 )
 def test_run_calls_a_function_of_the_users_with_the_users_classes(home, start, target):
     module = "repo.vendor.pipeloom" if start.startswith("-m repo") else "pipeloom"
     if "vendor" in start:
         vendored(home)
+    if start.endswith("--package"):  # which has imported the module before that is run
+        start = start.split(" --")[0]
+        (home / "repo" / "vendor" / "__init__.py").write_text("from .pipeloom import Pipeline")
+    if start == "pipeloom":
+        (home / "pipeloom.py").rename(home / "pipeloom")
     (home / "job.py").write_text(USER_FILE.format(module=module))
     arguments = ["--arg", "count=3", "--arg", "name=y", "--db", "mine.db", "-w", "2"]
     done = python(*start.split(), "run", target, *arguments, cwd=home, code=0)
     assert "3 done in" in done.stderr and "mine.db" in done.stderr
     assert sorted(rows(home / "mine.db", "SELECT x FROM t")) == [("y-0",), ("y-1",), ("y-2",)]
     assert not (home / "own.db").exists()
+
+
+@pytest.mark.parametrize("start", ["pipeloom.py", "-m pipeloom"])
+def test_where_nothing_is_cached_the_file_is_compiled_once(home, start):
+    (home / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def hook(event, arguments):\n"
+        "    if event == 'compile' and 'pipeloom.py' in str(arguments[1]):\n"
+        "        sys.__stderr__.write('compiled\\n')\n"
+        "sys.addaudithook(hook)"
+    )
+    env = {"PYTHONPATH": str(home), "PYTHONPYCACHEPREFIX": str(home / "empty"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = python(*start.split(), "--version", cwd=home, code=0, env=env)
+    assert done.stderr == "compiled\n"
 
 
 @pytest.mark.parametrize("name", ["site.py", "types.py", "2024.01.py"])
