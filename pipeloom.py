@@ -49,7 +49,7 @@ PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIG
 ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
 OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
-# ruff: noqa: BLE001, RUF100, UP007, UP017, UP035 -- your code may raise anything; Python 3.8 lacks the rest
+# ruff: noqa: BLE001, RUF100, S102, UP007, UP017, UP035 -- your code may raise anything; Python 3.8 lacks the rest
 
 from __future__ import annotations
 
@@ -1221,7 +1221,8 @@ class SQLiteWriter(threading.Thread):
                 if batch:
                     self._commit(batch)
                     if time.monotonic() - began < GATHER and self._channel.has_room():
-                        time.sleep(GATHER)  # it was so little that messages should gather for the next
+                        # It was so little that messages should gather for the next.
+                        time.sleep(GATHER * (5 if self._engine and self._engine.crew.ready.qsize() else 1))
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
@@ -4746,6 +4747,78 @@ def _stdin_items(end: bytes) -> Iterator[str]:
         yield from map(os.fsdecode, filter(None, items))
 
 
+class _Scratch:
+    """Files without a name for what a command writes, two at a time. Workers' threads enter it; no lock.
+
+    To make one may take long, as on some file systems where many were deleted of late. So they are used again,
+    once no process has them open any more: Linux grants a lease then, and only then.
+    """
+
+    KEPT = 8  # pairs; the newest may still be open in processes that begin just now
+
+    def __init__(self) -> None:
+        self._spare: deque[list[int]] = deque()
+        self._reopens = sys.platform == "linux"
+
+    @contextmanager
+    def files(self) -> Iterator[list[int]]:
+        """Two empty files, as descriptors."""
+        files = self._spare.popleft() if len(self._spare) > self.KEPT else []
+        if not all(map(_is_free, files)):
+            _close(files)
+        try:
+            while len(files) < 2:  # one by one: if there is no second, the first is closed
+                files.append(_unnamed_file())
+            yield files
+        finally:
+            if self._reopens and len(files) == 2:
+                self._spare.append(files)
+            else:
+                _close(files)
+
+    @contextmanager
+    def opened(self, *files: int) -> Iterator[list[int]]:
+        """Files as a command gets them: opened once more, as a lease does not count who has inherited them."""
+        opened: list[int] = []
+        try:
+            for file in files:
+                try:
+                    opened.append(os.open(f"/proc/self/fd/{file}", os.O_RDWR))
+                except OSError:
+                    self._reopens = False
+                    opened.append(os.dup(file))
+            yield opened
+        finally:
+            _close(opened)
+
+    def close(self) -> None:
+        while self._spare:
+            _close(self._spare.popleft())
+
+
+def _close(files: list[int]) -> None:
+    while files:
+        os.close(files.pop())
+
+
+def _is_free(file: int) -> bool:
+    """Whether no process but ours has a file open, and it is empty."""
+    from fcntl import F_SETLEASE, F_UNLCK, F_WRLCK, fcntl
+
+    with suppress(OSError):
+        fcntl(file, F_SETLEASE, F_WRLCK)
+        fcntl(file, F_SETLEASE, F_UNLCK)
+        return not os.lseek(file, 0, os.SEEK_END)
+    return False
+
+
+def _unnamed_file() -> int:
+    from tempfile import TemporaryFile
+
+    with TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
 class _Shell:
     """Runs the commands of `sh`, each in a process group of its own. Workers' threads enter it.
 
@@ -4759,11 +4832,13 @@ class _Shell:
         self._tag = tag
         self._printing = threading.Lock()  # held while the output of one command is copied
         self._busy: dict[int, threading.Thread] = {}  # by task_id; some may be of attempts that were cut off
+        self._scratch = _Scratch()
 
     def __enter__(self) -> Any:
-        from linecache import getlines  # as inspect.getsource() does, without its tokenizer: a tenth of a start
+        from linecache import getlines
         from subprocess import DEVNULL, PIPE, Popen
 
+        # Not by inspect.getsource(), whose tokenizer takes a tenth of the start.
         first, end = (function.__code__.co_firstlineno - 1 for function in (_members, main))
         lines = getlines(_members.__code__.co_filename, globals())[first:end]
         program = "".join([KEEPER, *lines, f"_keep({KILL_AFTER})"])
@@ -4783,21 +4858,28 @@ class _Shell:
         ended.start()
         for thread in (ended, *self._busy.values()):  # which print what their commands have written
             thread.join(max(until - time.monotonic(), 0.0))
+        self._scratch.close()
 
     def run(self, command: _Command, ctx: _Attempt) -> str:
         """The function of the tasks: run a command; returns the last of what that wrote to stdout."""
         me, before = threading.current_thread(), self._busy.get(ctx.task_id)
         self._busy[ctx.task_id] = me
-        files: list[int] = []  # descriptors
         try:
             if before is not None:  # the attempt before timed out, and is not gone yet
                 before.join(KILL_AFTER)
                 ctx.check()
-            for _ in range(2):  # one by one: if there is no second, the first is closed
-                files.append(_unnamed_file())
-            out, err = files
-            code = self._wait(command, ctx, out, err)
-            sizes = [os.lseek(file, 0, os.SEEK_END) for file in files]
+            with self._scratch.files() as (out, err):
+                return self._run(command, ctx, out, err)
+        except (OSError, ValueError) as error:
+            raise _told_error(f"cannot be started: {getattr(error, 'strerror', None) or error}") from None
+        finally:
+            if self._busy.get(ctx.task_id) is me:
+                del self._busy[ctx.task_id]
+
+    def _run(self, command: _Command, ctx: _Attempt, out: int, err: int) -> str:
+        code = self._wait(command, ctx, out, err)
+        sizes = [os.lseek(file, 0, os.SEEK_END) for file in (out, err)]
+        try:
             if any(sizes):
                 self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
             if code == 0:
@@ -4805,22 +4887,20 @@ class _Shell:
             ctx.check()  # if that has ended it, it is cancelled, and not an error
             last = _end_of(err, sizes[1]).strip().rpartition("\n")[2]
             raise _told_error(f"{self._how(code)}: {last}" if last else self._how(code), self._how(code))
-        except (OSError, ValueError) as error:
-            raise _told_error(f"cannot be started: {getattr(error, 'strerror', None) or error}") from None
         finally:
-            for file in files:
-                os.close(file)
-            if self._busy.get(ctx.task_id) is me:
-                del self._busy[ctx.task_id]
+            for file in compress((out, err), sizes):
+                os.ftruncate(file, 0)
 
     def _wait(self, command: _Command, ctx: _Attempt, out: int, err: int) -> int:
         from subprocess import Popen
 
-        with Popen(
-            HERALD + command.name if os.name == "posix" else command.name,
-            stdin=self._keeper.stdin, stdout=out, stderr=err, shell=True, start_new_session=True,
-            close_fds=False,  # which saves a tenth
-        ) as process:  # fmt: skip
+        with self._scratch.opened(out, err) as (stdout, stderr):
+            process = Popen(
+                HERALD + command.name if os.name == "posix" else command.name,
+                stdin=self._keeper.stdin, stdout=stdout, stderr=stderr, shell=True, start_new_session=True,
+                close_fds=False,  # which saves a tenth
+            )  # fmt: skip
+        with process:
             if os.name != "posix":
                 self._tell("begun", process.pid)
             ctx.on_cancel = partial(self._tell, "cut", process.pid)
@@ -4858,17 +4938,6 @@ class _Shell:
 
 def _told_error(text: str, cause: str = "") -> _ToldError:
     return _ToldError(text, None, cause or text)
-
-
-def _unnamed_file() -> int:
-    """The descriptor of a new file that is gone once it is closed, everywhere."""
-    from tempfile import TemporaryFile, gettempdir
-
-    if hasattr(os, "O_TMPFILE"):  # as tempfile does, with half of its system calls
-        with suppress(OSError):  # not all file systems can
-            return os.open(gettempdir(), os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600)
-    with TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _copy(file: int, stream: Any, tag: bytes) -> None:

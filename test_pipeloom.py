@@ -965,7 +965,7 @@ needs_permissions = pytest.mark.skipif(
 )
 
 
-needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's RLIMIT_AS")
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 
 # ---- G1 Rows if and only if done -----------------------------------------------------------------------
@@ -6765,6 +6765,10 @@ def sh(home, *arguments, given="", code=0, env=None):
     return done.stdout, done.stderr
 
 
+def inodes(files):
+    return [os.fstat(file).st_ino for file in files]
+
+
 def commands_in(home, db="pipeloom.db"):
     return dict(rows(home / db, "SELECT name, status FROM task_runs"))
 
@@ -6870,6 +6874,21 @@ def test_sh_never_mixes_the_output_of_two_commands(home):
     for text in (out, err):
         blocks = [list(lines) for _, lines in groupby(text.splitlines(), lambda line: line.split()[0])]
         assert len(blocks) == 24 and all(len(block) == 9 for block in blocks)
+
+
+@needs_linux
+def test_sh_uses_files_again_but_keeps_none_of_their_text_and_none_at_its_end(home, monkeypatch):
+    largest = "stat -L -c %s /proc/$PPID/fd/* 2>/dev/null | sort -n | tail -n 1"
+    command = f"test {{}} -lt 10 || {{ echo {{}} >&2; {largest}; head -c 9000000 /dev/zero; }}"
+    out, err = sh(home, "-w", "1", "-q", command, *range(40))
+    assert sorted(map(int, err.split())) == list(range(10, 40))
+    sizes = [int(size) for size in out.replace("\0", "").split()]
+    assert len(sizes) == 30 and max(sizes) < 9_000_000
+    monkeypatch.chdir(home)
+    before = os.listdir("/proc/self/fd")
+    assert cli("sh", "-q", "--db", "here.db", ":", *range(20)) == 0
+    gc.collect()
+    assert os.listdir("/proc/self/fd") == before
 
 
 @needs_posix
@@ -7388,6 +7407,44 @@ def test_the_timer_does_everything_in_its_order_when_it_is_due_and_nothing_that_
         assert timer.step() > 0
         assert done == sum(expected[:moment], [])
     assert timer.step() == threading.TIMEOUT_MAX  # nothing is left
+
+
+# ---- Room: the files of sh's commands ------------------------------------------------------------------
+
+
+@needs_linux
+@pytest.mark.parametrize("holder, is_used_again", [("exit", True), ("sleep 60", False), ("echo late", False)])
+def test_a_file_is_used_again_only_if_it_is_empty_and_no_process_has_it_open(holder, is_used_again):
+    with closing(pipeloom._Scratch()) as scratch, ExitStack() as ends:
+        with ExitStack() as many:
+            for _ in range(scratch.KEPT):
+                many.enter_context(scratch.files())
+        with scratch.files() as files, scratch.opened(*files) as (_, stderr):
+            process = subprocess.Popen(f"{holder} >&2", shell=True, stderr=stderr)
+            mine = inodes(files)
+            for file in files:  # so that no new file is given its number
+                ends.callback(os.close, os.dup(file))
+        ends.callback(process.wait, WAIT)
+        ends.callback(process.kill)
+        if holder != "sleep 60":
+            process.wait(WAIT)
+        found = []
+        for _ in range(scratch.KEPT + 1):
+            with scratch.files() as files:
+                assert [os.lseek(file, 0, os.SEEK_END) for file in files] == [0, 0]
+                found.append(inodes(files))
+        assert (mine in found) is is_used_again
+
+
+def test_where_files_cannot_be_opened_once_more_none_is_used_again(monkeypatch):
+    open_file = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: open_file(str(path).replace("/proc/", "/none/"), *more))
+    with closing(pipeloom._Scratch()) as scratch:
+        for _ in range(scratch.KEPT + 2):
+            with scratch.files() as files, scratch.opened(*files) as (stdout, _):
+                os.write(stdout, b"x")
+                assert [os.lseek(file, 0, os.SEEK_END) for file in files] == [1, 0]
+            assert files == []  # they are closed
 
 
 # ---- Room: renderer functions --------------------------------------------------------------------------
