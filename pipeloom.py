@@ -1221,8 +1221,7 @@ class SQLiteWriter(threading.Thread):
                 if batch:
                     self._commit(batch)
                     if time.monotonic() - began < GATHER and self._channel.has_room():
-                        # It was so little that messages should gather for the next.
-                        time.sleep(GATHER * (5 if self._engine and self._engine.crew.ready.qsize() else 1))
+                        time.sleep(GATHER)  # it was so little that messages should gather for the next
             if self._engine is not None:
                 self.store.transaction(self.status.end, *self._engine.ending())
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
