@@ -70,8 +70,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import import_module
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature
 from itertools import accumulate, chain, compress, count, groupby, islice
 from operator import attrgetter, index, is_, itemgetter, length_hint
@@ -84,6 +82,9 @@ if __name__ == "__main__":
     # This copy of the file would have classes of its own, which the tasks' `import pipeloom` does not know:
     # hand over to the real module. It gets this code: to import it would be to compile it again, where
     # nothing is cached.
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import module_from_spec, spec_from_loader
+
     _file = os.path.abspath(__file__)
     _loader = SourceFileLoader(os.path.basename(_file).partition(".")[0], _file)
     _spec: Any = __spec__ or spec_from_loader(_loader.name, _loader)
@@ -5403,7 +5404,7 @@ def _load_target(target: str) -> Any:
 
 def _import_target(place: str) -> Any:
     """Import a module by its name, or a file from where it is, whatever else has its name."""
-    from importlib.util import spec_from_file_location
+    from importlib.util import module_from_spec, spec_from_file_location
 
     sys.path.insert(0, os.path.dirname(os.path.abspath(place)))  # of a module's name: where we are
     if not place.endswith(".py"):
