@@ -613,27 +613,29 @@ def _check_database(path: str, kept: bool = True) -> None:
         return
     if not path or "\0" in path:
         raise DatabaseError(path, "is not a valid file name", "pass the path of a file")
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path):
-        raise DatabaseError(path, "is a directory", "pass the path of a file")
-    if os.path.islink(os.path.realpath(path)):
-        raise DatabaseError(path, "is a broken symbolic link", "pass the path of a file")
-    if not os.path.isdir(folder):
-        raise DatabaseError(path, f"cannot be created: there is no directory {folder!r}", "create it first")
-    if not os.access(folder, os.W_OK):
-        raise DatabaseError(
-            path,
-            "cannot be used, because SQLite must create files beside it",
+    target, exists = os.path.realpath(path), os.path.exists(path)
+    folder = os.path.dirname(target)
+    for is_wrong, what, cure in (
+        (os.path.isdir(path), "is a directory", "pass the path of a file"),
+        (os.path.islink(target), "is a broken symbolic link", "pass the path of a file"),
+        (
+            not os.path.isdir(folder), f"cannot be created: there is no directory {folder!r}",
+            "create it first",
+        ),
+        (
+            not os.access(folder, os.W_OK), "cannot be used, because SQLite must create files beside it",
             f"change the permissions of {folder!r} or use another directory",
-        )
-    if not os.path.exists(path):
-        return
-    if not os.path.isfile(path):
-        raise DatabaseError(path, "is not a regular file", "pass the path of a file")
-    if not os.access(path, os.R_OK | os.W_OK):
-        what = "is not readable and writable"
-        raise DatabaseError(path, what, "change its permissions or use another file")
-    _check_contents(path, kept)
+        ),
+        (exists and not os.path.isfile(path), "is not a regular file", "pass the path of a file"),
+        (
+            exists and not os.access(path, os.R_OK | os.W_OK), "is not readable and writable",
+            "change its permissions or use another file",
+        ),
+    ):  # fmt: skip
+        if is_wrong:
+            raise DatabaseError(path, what, cure)
+    if exists:
+        _check_contents(path, kept)
 
 
 def _check_contents(path: str, kept: bool) -> None:
