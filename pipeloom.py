@@ -87,8 +87,9 @@ if __name__ == "__main__":
 
     _file = os.path.abspath(__file__)
     _loader = SourceFileLoader(os.path.basename(_file).partition(".")[0], _file)
-    _spec: Any = __spec__ or spec_from_loader(_loader.name, _loader)
-    if not __spec__:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
+    _given = globals().get("__spec__")  # under cProfile, __spec__ is that of builtins
+    _spec: Any = _given or spec_from_loader(_loader.name, _loader)
+    if not _given:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
         sys.path.insert(0, os.path.dirname(_file))
     if _spec.name not in sys.modules:  # as its package may import it
         sys.modules[_spec.name] = module_from_spec(_spec)
@@ -4825,8 +4826,7 @@ class _Shell:
     """Runs the commands of `sh`, each in a process group of its own. Workers' threads enter it.
 
     A process of ours, the keeper, is told which groups have begun and ended. It ends those that are cut off,
-    what a command leaves in the background, and all of them if this process is gone, even by SIGKILL. Each
-    system call costs a turn at the GIL: where a command writes nothing, there are as few as can be.
+    what a command leaves in the background, and all of them if this process is gone, even by SIGKILL.
     """
 
     def __init__(self, quiet: bool, tag: bool) -> None:

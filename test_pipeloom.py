@@ -5932,6 +5932,7 @@ def test_the_command_line_of_the_original_works(home):
         ("repo/vendor/pipeloom.py", "job:main"),  # which is not beside pipeloom.py
         ("pipeloom", "job.py:main"),  # a copy in some folder of programs
         ("-m repo.vendor.pipeloom --package", "job.py:main"),
+        ("-m cProfile pipeloom.py", "job.py:main"),
     ],
 )
 def test_run_calls_a_function_of_the_users_with_the_users_classes(home, start, target):
