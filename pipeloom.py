@@ -85,12 +85,12 @@ if __name__ == "__main__":
     from importlib.machinery import SourceFileLoader
     from importlib.util import module_from_spec, spec_from_loader
 
-    _file = os.path.abspath(__file__)
-    _loader = SourceFileLoader(os.path.basename(_file).partition(".")[0], _file)
-    _given = globals().get("__spec__")  # under cProfile, __spec__ is that of builtins
-    _spec: Any = _given or spec_from_loader(_loader.name, _loader)
-    if not _given:  # `python pipeloom.py`, perhaps with PYTHONSAFEPATH
-        sys.path.insert(0, os.path.dirname(_file))
+    _spec: Any = globals().get("__spec__")
+    if _spec is None or _spec.name == "__main__":  # `python pipeloom.py`, or cProfile and the like
+        _file = os.path.abspath(__file__)
+        sys.path.insert(0, os.path.dirname(_file))  # as it is not there with PYTHONSAFEPATH
+        _loader = SourceFileLoader(os.path.basename(_file).partition(".")[0], _file)
+        _spec = spec_from_loader(_loader.name, _loader)
     if _spec.name not in sys.modules:  # as its package may import it
         sys.modules[_spec.name] = module_from_spec(_spec)
         if _spec.parent:
