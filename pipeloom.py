@@ -89,14 +89,16 @@ if __name__ == "__main__":
     if _spec is None or _spec.name == "__main__":  # `python pipeloom.py`, or cProfile and the like
         _file = os.path.abspath(__file__)
         sys.path.insert(0, os.path.dirname(_file))  # as it is not there with PYTHONSAFEPATH
-        _loader = SourceFileLoader(os.path.basename(_file).partition(".")[0], _file)
-        _spec = spec_from_loader(_loader.name, _loader)
-    if _spec.name not in sys.modules:  # as its package may import it
-        sys.modules[_spec.name] = module_from_spec(_spec)
+        _name, _suffix = os.path.splitext(os.path.basename(_file))
+        _name = _name if _suffix == ".py" and "." not in _name else "pipeloom"  # other names nobody can import
+        _spec = spec_from_loader(_name, SourceFileLoader(_name, _file))
+    _module: Any = sys.modules.get(_spec.name)  # its package may have imported it already
+    if _module is None:
+        sys.modules[_spec.name] = _module = module_from_spec(_spec)
         if _spec.parent:
-            setattr(sys.modules[_spec.parent], _spec.name.rpartition(".")[2], sys.modules[_spec.name])
-        exec(sys._getframe().f_code, vars(sys.modules[_spec.name]))
-    sys.modules[_spec.name]._end_program(sys.modules[_spec.name].main)
+            setattr(sys.modules[_spec.parent], _spec.name.rpartition(".")[2], _module)
+        exec(sys._getframe().f_code, vars(_module))
+    _module._end_program(_module.main)
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
@@ -392,7 +394,9 @@ def _checked_execute(m: MsgExecute) -> MsgExecute:
     return MsgExecute(m.sql, _rows(m.params) if m.many else _row(m.params), m.many)
 
 
-TRANSACTION = re.compile(r"\s*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
+TRANSACTION = re.compile(
+    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE | re.DOTALL
+)
 _manages_transaction = lru_cache(256)(TRANSACTION.match)
 
 
@@ -442,7 +446,8 @@ COLUMNS = {  # of task_runs; the first eight are the original pipeloom's
 RUN_COLUMNS = {
     "id": "INTEGER PRIMARY KEY", "started_at": "TEXT", "finished_at": "TEXT", "status": "TEXT",
     "host": "TEXT", "pid": "INTEGER", "version": "TEXT", "done": "INTEGER", "error": "INTEGER",
-    "cancelled": "INTEGER", "skipped": "INTEGER", "total": "INTEGER",  # tasks, where that is known
+    "cancelled": "INTEGER", "skipped": "INTEGER",  # or NULL; see CUT_SHORT
+    "total": "INTEGER",  # tasks, where that is known
 }  # fmt: skip
 TABLES = {"task_runs": COLUMNS, "pipeline_runs": RUN_COLUMNS}
 _NAMES = ", ".join(COLUMNS)
@@ -464,12 +469,14 @@ NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile inclu
     "SELECT coalesce(max(run_id), ?) FROM task_runs"
     " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
 )
+# The last run that was to do all tasks, without resume, and did not come to the last one.
+CUT_SHORT = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE skipped IS NULL"
 LAST_TASK = "SELECT id, run_id FROM task_runs ORDER BY id DESC LIMIT 1"
 FIND_RESULT = "SELECT result FROM task_runs WHERE name = ? ORDER BY id LIMIT 1"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
-    "INSERT INTO pipeline_runs(started_at, status, host, pid, version, total)"
-    " VALUES (?, 'running', ?, ?, ?, ?)"
+    "INSERT INTO pipeline_runs(started_at, status, host, pid, version, total, skipped)"
+    " VALUES (?, 'running', ?, ?, ?, ?, ?)"
 )
 SET_TOTAL = "UPDATE pipeline_runs SET total = ? WHERE id = ?"
 FINISH_RUN = (
@@ -826,7 +833,7 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
     rf"(?P<head>\s*(?:INSERT|REPLACE)(?:\s+OR\s+\w+)?\s+INTO\s+{_NAME}(?:\s*\.\s*{_NAME})?"
     rf"(?:\s*\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))?\s*VALUES\s*)"
     r"(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))"
-    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\bSELECT\b)[^?])*)$",  # a subquery is run once a statement
+    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\b(?:SELECT|IN)\b)[^?])*)$",  # a subquery is run once a statement
     re.IGNORECASE,
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
@@ -1060,15 +1067,18 @@ class _Status:
             execute(UNFINISHED_RUNS, (_now(),))
         # socket.gethostname() is the same, but socket takes long to import.
         host = os.environ.get("COMPUTERNAME", "") if sys.platform == "win32" else os.uname().nodename
-        row = (_now(), host, os.getpid(), __version__, run.graph.total())
+        skipped = 0 if run.options["resume"] else None
+        row = (_now(), host, os.getpid(), __version__, run.graph.total(), skipped)
         self.run_id = execute(START_RUN, row).lastrowid
 
-    def end(self, status: str, reason: str, counts: Sequence[int]) -> None:
+    def end(self, status: str, reason: str, counts: Sequence[int], cut_short: bool) -> None:
         """Note how the run ended, and that nothing more will."""
         if self.kept:
             if self._unfinished:
                 self._store.conn.execute(UNFINISHED_TASKS, (reason or "never finished", _now()))
-            self._store.conn.execute(FINISH_RUN, (_now(), status, *counts, sum(counts), self.run_id))
+            *ran, skipped = counts
+            row = (_now(), status, *ran, None if cut_short else skipped, sum(counts), self.run_id)
+            self._store.conn.execute(FINISH_RUN, row)
 
     def forget(self) -> None:
         """What an earlier try at this transaction meant to do."""
@@ -1397,19 +1407,25 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
     except Exception as error:
         if _trouble(error):
             raise
-        number = _first_that_fails(conn, m.sql, rows, start) if joins else len(rows) - length_hint(left)
+        number = len(rows) - length_hint(left)
+        if joins:
+            number, error = _first_that_fails(conn, m.sql, rows, start, error)
         error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
-        raise
+        raise error from error.__cause__
 
 
-def _first_that_fails(conn: sqlite3.Connection, sql: str, rows: list[Any], start: int) -> int:
-    """A statement that fails undoes all its rows. Which of them is it? From 1; 0 if nobody can tell."""
+def _first_that_fails(
+    conn: sqlite3.Connection, sql: str, rows: list[Any], start: int, error: Exception
+) -> tuple[int, Exception]:
+    """A statement that fails undoes all its rows. Which of them is it, from 1, and what is wrong with it? 0 and
+    the error of all if nobody can tell.
+    """
     for number in range(start, len(rows)) if conn.in_transaction else ():
         try:
             conn.execute(sql, rows[number])
-        except Exception:
-            return number + 1
-    return 0
+        except Exception as its:
+            return number + 1, its
+    return 0, error
 
 
 def _are_plain(rows: list[Any], width: int) -> bool:
@@ -2948,6 +2964,7 @@ class _Declared:
     even_if_failed = False
     options: Mapping[str, Any] = {}
     by_name = True  # some tasks have no id of their own
+    counted = False  # some have no name either, and are known by their position
     ids: Mapping[int, str] = {}  # of the others, with their names, where they are known; or the highest
 
     def __init__(self, name: str, function: Any, call: Any, source: Any, naming: Any = None) -> None:
@@ -2961,14 +2978,18 @@ class _Declared:
             return None, self.name
         given, name = _identify(item)
         if self.call is _call_with_task:
+            self.counted = self.counted or (given is None and not name)
             return given, _text(name) if name else f"task-{position if given is None else given}"
         if self.naming is not None:
-            return None, _text(self.naming(item) or f"{self.name}[{position}]")
-        if not isinstance(name, str):
+            name = self.naming(item)
+            if name not in (None, ""):
+                return None, _text(name)
+        elif not isinstance(name, str):
             name = str(item)
             if re.search(" at 0x[0-9a-fA-F]{5}", name):  # an address names nothing in later runs
-                name = str(position)
-        return None, _text(f"{self.name}[{name}]")
+                name = None
+        self.counted = self.counted or not name
+        return None, _text(f"{self.name}[{name or position}]")
 
     def items(self) -> Any:
         """What its tasks are made of; calls the user's code."""
@@ -3069,6 +3090,10 @@ class _Graph:
         """How many are known of, and nobody has asked for them yet."""
         return sum(max(stage.size - stage.pulled, 0) for stage in self.stages if stage.size)
 
+    def is_cut_short(self) -> bool:
+        """Whether some tasks have been submitted, and not all have been pulled."""
+        return any(stage.submitted for stage in self.stages) and not all(s.exhausted for s in self.stages)
+
     def start(self) -> None:
         for stage in [stage for stage in self.stages if not stage.place.waits]:  # first: some soon have none
             self.begin(stage)
@@ -3102,18 +3127,22 @@ class _Roster:
 
     def __init__(self, run: _Run) -> None:
         self._run, self._store = run, run.writer.store
-        self._resume = run.options["resume"]
+        # What a run from this one on has done is skipped; None is without resume.
+        self._since: int | None = NEVER if run.options["resume"] else None
         known = (stage.declared.ids.items() for stage in run.graph.stages)
         self._ids = dict(chain.from_iterable(known))  # that tasks of this run have, with their names
         self.old = run.writer.status.last_id  # the highest id of earlier runs
         self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
+        self._told = False
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         if self.old == NEVER:  # there is nothing to be read
             self._conn = sqlite3.connect("", isolation_level=None)
         else:
             self._conn = _connect_readonly(self._store.path, POLL)
         self._ask("CREATE TEMP TABLE taken(low INTEGER PRIMARY KEY, until INTEGER)")
+        if self._since is not None and self.old > NEVER and self._ask(HAS_RUNS):
+            self._since = self._ask(CUT_SHORT, NEVER)[0][0]
 
     def close(self) -> None:
         self._conn.close()
@@ -3131,7 +3160,7 @@ class _Roster:
                 break
             id, status, run_id = found[0]
             if self._ids.get(id) != name and self._take(id):
-                return id, run_id if self._resume and status == DONE else None
+                return id, self._done_in(status, run_id)
             self._twins[name] = id
         id = self._next_id
         self._next_id = id + 1
@@ -3140,7 +3169,7 @@ class _Roster:
 
     def newest(self, name: str) -> int:
         """The last run that has done a task of this name, or one of its items."""
-        asked = self._resume and self.old > NEVER
+        asked = self._since is not None and self.old > NEVER
         return self._ask(NEWEST_DONE, NEVER, name, name, name)[0][0] if asked else NEVER
 
     def _find_id(self, id: int, name: str) -> tuple[int, int | None]:
@@ -3149,9 +3178,19 @@ class _Roster:
                 f"task_id {id} of task {name!r} is another task's in this run; give each its own"
             )
         self._next_id = max(self._next_id, id + 1)
-        for _, status, run_id in self._ask(FIND_ID, id) if self._resume and id <= self.old else ():
-            return id, run_id if status == DONE else None
+        for _, status, run_id in self._ask(FIND_ID, id) if self._since is not None and id <= self.old else ():
+            return id, self._done_in(status, run_id)
         return id, None
+
+    def _done_in(self, status: str, run_id: int) -> int | None:
+        """The run that has done a task, where it need not be done again."""
+        if self._since is None or status != DONE:
+            return None
+        if run_id < self._since and not self._told:
+            self._told = True
+            told = "run %d was started without resume and cut short: what was done before it is done again"
+            self._run.display.tell(logging.WARNING, told, self._since)
+        return run_id if run_id >= self._since else None
 
     def _take(self, id: int) -> bool:
         """Whether an id is free in this run; it then is not any more. Kept as intervals, low to until."""
@@ -3866,6 +3905,7 @@ class _Intake:
         self._run, self._crew, self._graph, self._roster = run, run.crew, run.graph, roster
         self.sources: deque[_Stage] = deque()  # stages whose items may be pulled
         self._filled = False  # there was no more room when pulling ended last
+        self._unseen = set(run.options["redo"])  # of its names, those of no task so far
         for stage in self._graph.stages:
             if stage.lone:
                 stage.known = roster.find(None, stage.name)
@@ -3935,6 +3975,13 @@ class _Intake:
         if not stage.pulled and stage.name:
             told = "each= of task %r gave no item, so it has nothing to do; check it, if that is a surprise"
             self._run.display.tell(logging.WARNING, told, stage.name)
+        if stage.declared.counted and self._run.options["resume"]:
+            told = (
+                "%s have no names and are known by their position: with resume, a new one may be taken for one "
+                "that is done; give them names"
+            )
+            of = f"items of task {stage.name!r}" if stage.name else "tasks"
+            self._run.display.tell(logging.WARNING, told, of)
         with self._graph.lock:
             stage.exhausted = True
             self._graph.stirred(stage)
@@ -3950,9 +3997,16 @@ class _Intake:
             self._admit(stage, None, stage.name, *stage.known)
         self._run.wake.ring()
 
+    def tell_unseen(self) -> None:
+        """Say which of what is to be redone has not come; not of a run that was stopped."""
+        for name in self._unseen if not self._run.stopping else ():
+            told = "redo=%r: no task of this run has this name"
+            self._run.display.tell(logging.WARNING, told, name)
+
     def _admit(self, stage: _Stage, item: Any, name: str, id: int, done_in: int | None) -> None:
         """A task has come: it runs, unless it is done and nothing that it comes after has run since."""
         place, redo = stage.place, self._run.options["redo"]
+        self._unseen -= {name, stage.name} if self._unseen else set()
         if done_in is None or done_in < place.older or place.doomed or name in redo or stage.name in redo:
             stage.submitted += 1
             self._crew.submit(_Attempt(self._run, stage, item, id, name), place.doomed)
@@ -4070,6 +4124,7 @@ class _Run:
             self.graph.start()
         self.crew.start()
         self._pull_all(intake)
+        intake.tell_unseen()
 
     def _check(self) -> None:
         if self.writer.error is not None and not self.writer.is_alive():  # before, it may not be explained
@@ -4125,12 +4180,12 @@ class _Run:
             if self.options["fail_fast"]:
                 self.stop(f"not started: fail_fast, and {ctx.name!r} failed")
 
-    def ending(self) -> tuple[str, str, Sequence[int]]:
-        """What the writer notes last: the run's status, why tasks may have no end, the counts."""
-        result = self.result()
-        status = DONE if not self.stopping and not result.error else ERROR
+    def ending(self) -> tuple[str, str, Sequence[int], bool]:
+        """What the writer notes last: the run's status, why tasks may have no end, the counts, CUT_SHORT."""
+        result, is_fine = self.result(), not self.stopping and not self.tally.counts[ERROR]
+        status = CANCELLED if self.signals.urgency() else DONE if is_fine else ERROR
         counts = result.done, result.error, result.cancelled, result.skipped
-        return CANCELLED if self.signals.urgency() else status, self.stopping or "", counts
+        return status, self.stopping or "", counts, self.graph.is_cut_short() and not self.options["resume"]
 
     # The end
 
@@ -4200,8 +4255,9 @@ def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
         known = [*known, *(name for name in redo if conn.execute(FIND_RESULT, (name,)).fetchone())]
     for name in redo:
         if name not in known:
-            there = ", ".join(filter(None, dict.fromkeys([*known, *stored])))
-            raise UsageError(f"redo={name!r}: no task has this name; there are {there}, perhaps among others")
+            there = ", ".join(map(_clean, filter(None, dict.fromkeys([*known, *stored]))))
+            there = f"there are {there}, perhaps among others" if there else "none has run yet"
+            raise UsageError(f"redo={name!r}: no task has this name; {there}")
 
 
 def _delay(first: float, attempt: int) -> float:
@@ -4719,8 +4775,9 @@ BLOCK = 2**16  # bytes: the most of a line that is read at once, and of the outp
 KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
 
 # What a shell does first: say who it is, to a pipe that it has as stdin. So the keeper knows of each command
-# before that begins, whatever becomes of us.
-HERALD = "echo begun $$ >&0; exec </dev/null; "
+# before that begins, whatever becomes of us. And open its output as its own; see _Scratch.
+HERALD = "echo begun $$ >&0; exec </dev/null{}; "
+REOPEN = " >/proc/self/fd/1 2>/proc/self/fd/2"
 
 _Command = namedtuple("_Command", "name item")  # the whole text of one, which is its task's name
 
@@ -4753,20 +4810,23 @@ def _stdin_items(end: bytes) -> Iterator[str]:
 class _Scratch:
     """Files without a name for what a command writes, two at a time. Workers' threads enter it; no lock.
 
-    To make one may take long, as on some file systems where many were deleted of late. So they are used again,
-    once no process has them open any more: Linux grants a lease then, and only then.
+    To make one may take long, as on some file systems where many were deleted of late. So where a command
+    `reopens` them as its own, they are used again once nobody has them open any more.
     """
-
-    KEPT = 8  # pairs; the newest may still be open in processes that begin just now
 
     def __init__(self) -> None:
         self._spare: deque[list[int]] = deque()
-        self._reopens = sys.platform == "linux"
+        self.reopens = False
+        with suppress(OSError), self.files() as (file, _):
+            os.close(os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_TRUNC))
+            self.reopens = sys.platform == "linux"
 
     @contextmanager
     def files(self) -> Iterator[list[int]]:
-        """Two empty files, as descriptors."""
-        files = self._spare.popleft() if len(self._spare) > self.KEPT else []
+        """Two files, as descriptors."""
+        files: list[int] = []
+        with suppress(IndexError):
+            files = self._spare.popleft()
         if not all(map(_is_free, files)):
             _close(files)
         try:
@@ -4774,25 +4834,10 @@ class _Scratch:
                 files.append(_unnamed_file())
             yield files
         finally:
-            if self._reopens and len(files) == 2:
+            if self.reopens and len(files) == 2:
                 self._spare.append(files)
             else:
                 _close(files)
-
-    @contextmanager
-    def opened(self, *files: int) -> Iterator[list[int]]:
-        """Files as a command gets them: opened once more, as a lease does not count who has inherited them."""
-        opened: list[int] = []
-        try:
-            for file in files:
-                try:
-                    opened.append(os.open(f"/proc/self/fd/{file}", os.O_RDWR))
-                except OSError:
-                    self._reopens = False
-                    opened.append(os.dup(file))
-            yield opened
-        finally:
-            _close(opened)
 
     def close(self) -> None:
         while self._spare:
@@ -4805,17 +4850,21 @@ def _close(files: list[int]) -> None:
 
 
 def _is_free(file: int) -> bool:
-    """Whether no process but ours has a file open, and it is empty."""
-    from fcntl import F_SETLEASE, F_UNLCK, F_WRLCK, fcntl
+    """Whether nobody else has opened a file and not closed it: Linux grants a lease then, and only then. Who has
+    inherited our descriptor is not seen.
+    """
+    from fcntl import F_SETLEASE, F_SETSIG, F_UNLCK, F_WRLCK, fcntl
 
     with suppress(OSError):
+        fcntl(file, F_SETSIG, signal.SIGURG)  # what comes if somebody opens it just now; SIGIO would end us
         fcntl(file, F_SETLEASE, F_WRLCK)
         fcntl(file, F_SETLEASE, F_UNLCK)
-        return not os.lseek(file, 0, os.SEEK_END)
+        return True
     return False
 
 
 def _unnamed_file() -> int:
+    """The descriptor of a new file that is gone once it is closed, everywhere."""
     from tempfile import TemporaryFile
 
     with TemporaryFile() as file:
@@ -4843,6 +4892,8 @@ class _Shell:
         # Not by inspect.getsource(), whose tokenizer takes a tenth of the start.
         first, end = (function.__code__.co_firstlineno - 1 for function in (_members, main))
         lines = getlines(_members.__code__.co_filename, globals())[first:end]
+        if not lines or not lines[0].startswith("def _members"):
+            raise PipeloomError(f"sh needs the source of {__file__!r}, which cannot be read; restore it")
         program = "".join([KEEPER, *lines, f"_keep({KILL_AFTER})"])
         try:
             self._keeper: Any = Popen(
@@ -4851,14 +4902,18 @@ class _Shell:
             )  # fmt: skip
         except OSError as error:
             raise PipeloomError(f"cannot start a process: {error.strerror}; close other programs") from error
+        # Its wait() with a time-out would take ever longer naps.
+        self._keeper_thread = threading.Thread(
+            target=self._keeper.wait, name="pipeloom-keeper", daemon=True
+        )
+        _start(self._keeper_thread)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._tell("over", 0)  # it ends what is left, and then itself, unless somebody has stopped it
         until = time.monotonic() + GRACE
-        ended = threading.Thread(target=self._keeper.wait, daemon=True)  # wait(GRACE) would take long naps
-        ended.start()
-        for thread in (ended, *self._busy.values()):  # which print what their commands have written
+        self._keeper_thread.join(GRACE)
+        for thread in list(self._busy.values()):  # prints what its command has written
             thread.join(max(until - time.monotonic(), 0.0))
         self._scratch.close()
 
@@ -4896,13 +4951,11 @@ class _Shell:
     def _wait(self, command: _Command, ctx: _Attempt, out: int, err: int) -> int:
         from subprocess import Popen
 
-        with self._scratch.opened(out, err) as (stdout, stderr):
-            process = Popen(
-                HERALD + command.name if os.name == "posix" else command.name,
-                stdin=self._keeper.stdin, stdout=stdout, stderr=stderr, shell=True, start_new_session=True,
-                close_fds=False,  # which saves a tenth
-            )  # fmt: skip
-        with process:
+        herald = HERALD.format(REOPEN if self._scratch.reopens else "") if os.name == "posix" else ""
+        with Popen(
+            herald + command.name, stdin=self._keeper.stdin, stdout=out, stderr=err, shell=True,
+            start_new_session=True, close_fds=False,  # which saves a tenth
+        ) as process:  # fmt: skip
             if os.name != "posix":
                 self._tell("begun", process.pid)
             ctx.on_cancel = partial(self._tell, "cut", process.pid)
@@ -5046,7 +5099,7 @@ def _keep(patience: float) -> None:
             threading.Thread(target=_end, args=(live & cut, patience)).start()
         live, cut = live - cut, cut - live
         if live and block:
-            time.sleep(0.02)  # to be woken for each line would cost much
+            time.sleep(0.02)  # while many begin and end: to be woken for each line would cost much
     _end(live, patience)
 
 
@@ -5156,7 +5209,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {  # arguments, what comes after the name
     ),
     "status": (
         {
-            "--db": DATABASE,
+            "--db": _value("FILE", f"the database (default: {DATABASE['default']})"),
             "names": _value("NAME", "all about this task; FILE is the database", nargs="*"),
             "-n --limit": _value("N", "how many of each kind (default: what fits)", type=_number),
             "--failed": _flag("only tasks that failed or were cancelled"),
@@ -5434,6 +5487,7 @@ class _Session:
             self.options.setdefault("progress", "none")
         self.args = args
         self.runs: list[tuple[str, RunResult]] = []
+        self.is_cut_short = False  # one of them is
 
     def call(self, function: Callable[[], object]) -> int:
         """Call what starts the runs; returns the exit code."""
@@ -5463,6 +5517,8 @@ class _Session:
             raise UsageError("--processes N runs N tasks at once; omit -w")
         if number and not (getattr(main, "__spec__", None) or os.path.isfile(getattr(main, "__file__", ""))):
             raise UsageError("--processes: other processes cannot import this program; put it into a file")
+        if number and not os.path.basename(__file__).startswith(f"{__name__.rpartition('.')[2]}.py"):
+            raise UsageError(f"--processes: other processes cannot import {__file__!r}; name it pipeloom.py")
         with _processes() if number else nullcontext() as pool:
             of_processes = {"workers": number, "executor": pool} if number else {}
             run = _Run(after, path, {**options, **of_processes, **self.options})
@@ -5476,6 +5532,7 @@ class _Session:
             finally:
                 if run.intake is not None:  # else it never began
                     self.runs.append((path, run.result()))
+                    self.is_cut_short = self.is_cut_short or run.graph.is_cut_short()
 
     def report(self, ended: bool = True) -> int:
         """Print the summary of each run to stderr; returns the exit code."""
@@ -5486,7 +5543,8 @@ class _Session:
         resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
             reads = len(getattr(self.args, "words", (0, 0))) < 2  # its items on stdin
-            _say(f"to go on: {SAME_COMMAND if reads else _command_to_resume(self.args.argv)}")
+            command = SAME_COMMAND if reads else _command_to_resume(self.args.argv, self.is_cut_short)
+            _say(f"to go on: {command}")
         return 0 if ok else 1
 
 
@@ -5569,13 +5627,14 @@ def _this_program() -> list[str]:
     return [python, program]
 
 
-def _command_to_resume(given: list[str]) -> str:
+def _command_to_resume(given: list[str], redo_again: bool) -> str:
     """The command line again; its first words may be the program's own, which main(argv) did not get."""
     from shlex import join
 
     at = 1 if given[:1] in (["run"], ["demo"], ["sh"]) else 0
-    redo = [n for n, word in enumerate(given) if word == "--redo"]  # what was done by that is done
-    argv = [w for n, w in enumerate(given) if not {n, n - 1} & {*redo} and not w.startswith("--redo=")]
+    redo = [n for n, word in enumerate(given) if word.partition("=")[0] == "--redo" and not redo_again]
+    redo += [n + 1 for n in redo if given[n] == "--redo"]
+    argv = [word for n, word in enumerate(given) if n not in redo]
     folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
     own = sys.argv[1 : len(sys.argv) - len(given)] if sys.argv[len(sys.argv) - len(given) :] == given else []
     again = [*own, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]]
@@ -5595,7 +5654,7 @@ def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -
         for declared in _check_cycles(after):
             older = max((newest[before] for before in after[declared]), default=NEVER)
             newest[declared] = roster.newest(declared.name)
-            if callable(declared.source) and declared.after:  # it may need those before to have run
+            if callable(declared.source) and older == sys.maxsize:  # it may need those that will run before
                 named = [(None, f"{declared.name}[...]")]
             else:
                 named = [declared.identify(item, at) for at, item in enumerate(declared.items(), 1)]
@@ -5644,8 +5703,10 @@ def _cmd_status(args: Any) -> int:
 
     names, shown = [_text(name) for name in args.names], None
     window = not args.json and _is_terminal(sys.stdout)
-    if args.db == "./pipeloom.db" and names and (os.path.isfile(names[0]) or not os.path.isfile(args.db)):
-        args.db = names.pop(0)
+    if args.db is None:
+        args.db = DATABASE["default"]
+        if names and (os.path.isfile(names[0]) or not os.path.isfile(args.db)):
+            args.db = names.pop(0)
     while True:
         live = _RunLock.is_held(args.db)
         width, height = _terminal_size(sys.stdout) if window else (0, 0)

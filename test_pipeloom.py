@@ -17,6 +17,7 @@ rooms only, and to two helpers: Clock (the timer of a run) and impatient (the se
 
 import _thread
 import ast
+import compileall
 import copy
 import dataclasses
 import faulthandler
@@ -4179,6 +4180,10 @@ def test_many_rows_of_many_shapes_arrive_whole(db):
             "INSERT INTO u VALUES (?, ?) ON CONFLICT(k) DO UPDATE SET n = (SELECT max(n) + 1 FROM u)",
             [(1, 0), (2, 0), (3, 0), (1, 0), (2, 0), (3, 0)],
         ),
+        (
+            "INSERT INTO u VALUES (?, ?) ON CONFLICT(k) DO UPDATE SET n = n + (excluded.n IN keys)",
+            [(1, 1), (2, 1), (3, 5), (1, 2), (2, 3), (4, 4), (1, 4)],
+        ),
         ("INSERT INTO t VALUES (:a)", [{"a": 1}, {"a": 2}]),
         ("UPDATE t SET a = ? RETURNING a", [(1,), (2,)]),
         ("WITH w AS (SELECT ?) INSERT INTO t SELECT * FROM w", [(1,), (2,)]),
@@ -4191,7 +4196,8 @@ def test_many_rows_mean_what_they_mean_one_by_one(db, sql, values):
         24,
     ):
         pytest.skip("this SQLite is too old for the statement")
-    schema = "CREATE TABLE IF NOT EXISTS t(a); CREATE TABLE IF NOT EXISTS u(k PRIMARY KEY, n)"
+    schema = "CREATE TABLE IF NOT EXISTS t(a); CREATE TABLE IF NOT EXISTS u(k PRIMARY KEY, n);"
+    schema += "CREATE VIEW IF NOT EXISTS keys AS SELECT k FROM u"
     run(["t"], db, lambda t, ctx: ctx.executemany(sql, values), schema=schema)
     conn = sqlite3.connect(":memory:")
     conn.executescript(schema)
@@ -4475,6 +4481,14 @@ def test_a_row_that_fails_among_those_of_other_tasks_fails_its_own_task_and_is_n
     assert rows(db, "SELECT task, count(*) FROM made GROUP BY 1 ORDER BY 1") == stored
 
 
+def test_a_value_that_cannot_be_bound_is_numbered_within_its_row(db):
+    def work(task, ctx):
+        ctx.executemany("INSERT INTO t VALUES (?, ?, ?)", [*[(1, 2, 3)] * 47, (1, 2, {})])
+
+    result = run(["a"], db, work, schema="CREATE TABLE t(a, b, c)", check=False)
+    assert re.search(r"parameter [23]\b.*row 48 of 48 is \(1, 2, {}\)", result.failures[0].message)
+
+
 def test_what_is_no_plain_insert_stands_where_it_was_sent(db):
     def work(task, ctx):
         ctx.execute("INSERT INTO t VALUES (?)", (task,))
@@ -4520,6 +4534,7 @@ def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
             lambda: ctx.executemany("INSERT INTO t VALUES (?)", ["hello"]),
             lambda: ctx.upsert("t", Frame(), key="a"),
             lambda: ctx.execute("COMMIT"),
+            lambda: ctx.execute("-- so\n/* so */ SAVEPOINT s"),
         ):
             with pytest.raises(pipeloom.MessageRefused) as error:
                 send()
@@ -4530,7 +4545,8 @@ def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
     row = "params='hello': expected a row of values; for a single one, (value,)"
     frame = "upsert into 't': rows is one Frame; expected a list of mappings, as in [row] or df.to_dict('records')"
     transaction = "'COMMIT' is not allowed in a task, because the writer manages transactions; remove it"
-    assert told == [row, row, frame, transaction]
+    commented = "'-- so\\n/* so */ SAVEPOINT s' is not allowed in a task"
+    assert told[:4] == [row, row, frame, transaction] and told[4].startswith(commented)
 
 
 # ---- 4.5 The declarative interface ---------------------------------------------------------------------
@@ -5517,6 +5533,80 @@ def test_a_function_that_is_declared_again_replaces_itself(db):
                 pass
 
 
+@pytest.mark.parametrize("how", ["killed", "fail_fast", "interrupted"])
+def test_a_run_of_everything_that_was_cut_short_is_finished_by_resume_though_all_was_done_before(db, caplog, how):
+    def begin_anew(run_number):
+        def work(ctx, item):
+            if run_number == 2 and item == 2:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "interrupted":
+                    os.kill(os.getpid(), signal.SIGINT)
+                1 / (how != "fail_fast")
+            ctx.execute("INSERT OR REPLACE INTO made VALUES (?, ?)", (item, run_number))
+
+        schema = "CREATE TABLE IF NOT EXISTS made(item INTEGER PRIMARY KEY, run INTEGER)"
+        pipe = Pipeline(db, schema=schema, progress="none", workers=1, check=False)
+        pipe.task(work, name="load", each=range(3_000))
+        return pipe
+
+    assert begin_anew(1).run().done == 3_000
+    if how == "killed":
+        in_a_child(begin_anew(2).run)
+    else:
+        with pytest.raises(KeyboardInterrupt) if how == "interrupted" else nullcontext():
+            begin_anew(2).run(fail_fast=True)
+    redone = rows(db, "SELECT count(*) FROM made WHERE run = 2")[0][0]
+    assert redone < 3_000 and (redone or how == "killed")
+    result = begin_anew(3).run(resume=True)
+    assert (result.done, result.skipped) == (3_000 - redone, redone)
+    assert rows(db, "SELECT count(*) FROM made WHERE run = 1") == [(0,)]
+    told = "run 2 was started without resume and cut short: what was done before it is done again"
+    assert [record.getMessage() for record in caplog.records if "cut short" in record.getMessage()] == [told]
+    assert begin_anew(4).run(resume=True).skipped == 3_000
+
+
+def test_a_run_of_everything_that_got_to_its_last_task_or_to_none_leaves_what_others_have_done(db):
+    def failing():
+        raise OSError("no such folder")
+        yield
+
+    run(["a", "b"], db, nothing)
+    run(["c"], db, lambda task, ctx: 1 / 0, check=False)  # as a whole, with other tasks
+    with pytest.raises(OSError):
+        run(failing(), db, nothing)
+    assert run(["a", "b", "c"], db, nothing, resume=True).skipped == 2
+
+
+def test_with_resume_tasks_without_a_name_of_their_own_are_warned_of(db, caplog):
+    class Job:
+        pass
+
+    pipe = Pipeline(db, progress="none")
+    pipe.task(nothing_each, name="load", each=[Job()])
+    pipe.run()
+    assert caplog.messages == []
+    pipe.run(resume=True)
+    run([Job(), "x"], db, nothing, resume=True)
+    run([Task(5, "x"), "y"], db, nothing, resume=True)
+    warned = [message.partition(" have no names")[0] for message in caplog.messages if "have no names" in message]
+    assert warned == ["items of task 'load'", "tasks"]
+
+
+def test_what_a_name_function_returns_is_the_name_and_only_nothing_is_counted(db):
+    pipe = Pipeline(db, progress="none")
+    pipe.task(nothing_each, name=lambda item: item, each=[0, "", None, "a"])
+    pipe.run()
+    assert [name for _, name, _ in rows(db)] == ["0", "nothing_each[2]", "nothing_each[3]", "a"]
+
+
+def test_a_redo_of_what_does_not_come_any_more_is_told(db, caplog):
+    run(["a", "b"], db, nothing)
+    assert run(["b", "c"], db, nothing, redo=["a", "b"]).done == 2
+    assert "redo='a': no task of this run has this name" in caplog.messages
+    assert not any("redo='b'" in message for message in caplog.messages)
+
+
 # ---- 4.7 Progress --------------------------------------------------------------------------------------
 
 
@@ -6392,7 +6482,7 @@ def test_status_of_a_database_of_version_1_0(db, capsys, same_logging):
     assert "finished after 0:00:0" in capsys.readouterr().out and pipeloom.read_status(db)["run"]["done"] == 1
 
 
-def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsys, same_logging):
+def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsys, same_logging, monkeypatch):
     def work(task, ctx):
         if task == "bad":
             raise ValueError("two\nlines")
@@ -6421,6 +6511,11 @@ def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsy
         assert said.err.count("\n") == 1 and f"has no task {name!r}; " in said.err and hint in said.err
     assert cli("status", db.parent / "missing.db") == 2
     assert "missing.db' does not exist" in capsys.readouterr().err
+    monkeypatch.chdir(db.parent)
+    db.rename("pipeloom.db")
+    Path("bad").touch()  # a file of the task's name
+    assert cli("status", "bad", "--db", "./pipeloom.db") == 0
+    assert "bad (task 3): failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wal", [True, False])
@@ -6720,6 +6815,34 @@ def test_a_dry_run_with_resume_names_what_would_run(home):
     assert done.stderr.startswith("pipeloom: redo='no': no task has this name; there are load, report, load[")
 
 
+def test_a_dry_run_names_the_items_behind_what_would_not_run(db, capsys, same_logging):
+    def dry(*options):
+        with pytest.raises(SystemExit):
+            pipe.main(["--dry-run", *options])
+        return capsys.readouterr().out.split()
+
+    pipe = Pipeline(db, progress="none")
+    pipe.task(lambda ctx: None, name="fetch")
+    pipe.task(lambda ctx, item: None, name="clean", each=lambda: ["a", "b"], after="fetch")
+    pipe.task(lambda ctx: None, name="report", after="clean")
+    assert dry() == dry("--resume") == ["fetch", "clean[...]", "report"]
+    pipe.run()
+    assert dry("--resume") == []
+    assert dry("--redo", "clean[a]") == ["clean[a]", "report"]
+    assert dry("--redo", "fetch") == ["fetch", "clean[...]", "report"]
+
+
+def test_what_was_not_redone_stays_in_the_command_that_goes_on(home):
+    program = "import pipeloom\npipe = pipeloom.Pipeline('r.db', progress='none', workers=1)\n"
+    program += "@pipe.task(each=range(3_000))\ndef load(ctx, n): 1 / (n != 1 or __import__('os').path.exists('repaired'))\npipe.main()"
+    (home / "job.py").write_text(program)
+    (home / "repaired").touch()
+    python("job.py", cwd=home, code=0)
+    (home / "repaired").unlink()
+    done = python("job.py", "--redo", "load", "--fail-fast", cwd=home, code=1)
+    assert done.stderr.endswith("job.py --resume --redo load --fail-fast\n")
+
+
 def test_a_dry_run_knows_of_what_an_item_that_has_gone_has_done(db, capsys, same_logging):
     pipe = Pipeline(db, progress="none")
     pipe.task(lambda ctx, item: None, name="load", each=["a"])
@@ -6885,11 +7008,20 @@ def test_sh_uses_files_again_but_keeps_none_of_their_text_and_none_at_its_end(ho
     assert sorted(map(int, err.split())) == list(range(10, 25))
     sizes = [int(size) for size in out.replace("\0", "").split()]
     assert len(sizes) == 15 and max(sizes) < 2_000_000
+    late = "test {} = 0 && setsid sh -c 'sleep 0.3; echo late; echo late >&2' & sleep 0.05; test {} -lt 10 || echo {}"
+    assert sh(home, "-w", "1", "-q", "--db", "late.db", late, *range(20)) == ("".join(f"{n}\n" for n in range(10, 20)), "")
     monkeypatch.chdir(home)
     before = os.listdir("/proc/self/fd")
     assert cli("sh", "-q", "--db", "here.db", ":", *range(20)) == 0
     gc.collect()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_sh_without_its_source_says_so_and_runs_nothing(home):
+    compileall.compile_file(str(home / "pipeloom.py"), legacy=True, quiet=1)
+    (home / "pipeloom.py").unlink()
+    done = python("-m", "pipeloom", "sh", "touch ran", "a", cwd=home, code=2)
+    assert "sh needs the source of" in done.stderr and not (home / "ran").exists()
 
 
 @needs_posix
@@ -7414,38 +7546,53 @@ def test_the_timer_does_everything_in_its_order_when_it_is_due_and_nothing_that_
 
 
 @needs_linux
-@pytest.mark.parametrize("holder, is_used_again", [("exit", True), ("sleep 60", False), ("echo late", False)])
-def test_a_file_is_used_again_only_if_it_is_empty_and_no_process_has_it_open(holder, is_used_again):
+@pytest.mark.parametrize("command, is_used_again", [("exit", True), ("exec sleep 60 >/dev/null", False)])
+def test_files_are_used_again_only_if_no_process_has_them_open(command, is_used_again):
     with closing(pipeloom._Scratch()) as scratch, ExitStack() as ends:
-        with ExitStack() as many:
-            for _ in range(scratch.KEPT):
-                many.enter_context(scratch.files())
-        with scratch.files() as files, scratch.opened(*files) as (_, stderr):
-            process = subprocess.Popen(f"{holder} >&2", shell=True, stderr=stderr)
-            mine = inodes(files)
+        with scratch.files() as files:
+            process = subprocess.Popen(f"exec {pipeloom.REOPEN}; {command}", shell=True, stderr=files[1], stdout=files[0])
+            before = inodes(files)
             for file in files:  # so that no new file is given its number
                 ends.callback(os.close, os.dup(file))
-        ends.callback(process.wait, WAIT)
-        ends.callback(process.kill)
-        if holder != "sleep 60":
-            process.wait(WAIT)
-        found = []
-        for _ in range(scratch.KEPT + 1):
-            with scratch.files() as files:
-                assert [os.lseek(file, 0, os.SEEK_END) for file in files] == [0, 0]
-                found.append(inodes(files))
-        assert (mine in found) is is_used_again
+            ends.callback(process.wait, WAIT)
+            ends.callback(process.kill)
+            if command == "exit":
+                process.wait(WAIT)
+            else:
+                wait_for(lambda: os.readlink(f"/proc/{process.pid}/exe").endswith("sleep"))
+        with scratch.files() as files:
+            assert (inodes(files) == before) is is_used_again
+
+
+OPENS = """
+import os, threading, pipeloom
+def look():
+    while not over:
+        os.close(os.open(f"/proc/self/fd/{file}", os.O_RDONLY))
+over = []
+with pipeloom._Scratch().files() as (file, _):
+    thread = threading.Thread(target=look)
+    thread.start()
+    found = {pipeloom._is_free(file) for _ in range(300)}
+    over.append(1)
+    thread.join()
+print(sorted(found))
+"""
+
+
+@needs_linux
+def test_who_looks_into_a_file_of_a_command_does_no_harm(home):
+    assert python("-c", OPENS, cwd=home, code=0).stdout in ("[False]\n", "[False, True]\n", "[True]\n")
 
 
 def test_where_files_cannot_be_opened_once_more_none_is_used_again(monkeypatch):
     open_file = os.open
     monkeypatch.setattr(os, "open", lambda path, *more: open_file(str(path).replace("/proc/", "/none/"), *more))
     with closing(pipeloom._Scratch()) as scratch:
-        for _ in range(scratch.KEPT + 2):
-            with scratch.files() as files, scratch.opened(*files) as (stdout, _):
-                os.write(stdout, b"x")
-                assert [os.lseek(file, 0, os.SEEK_END) for file in files] == [1, 0]
-            assert files == []  # they are closed
+        assert not scratch.reopens
+        with scratch.files() as files:
+            assert len(files) == 2
+        assert files == []  # they are closed
 
 
 # ---- Room: renderer functions --------------------------------------------------------------------------
