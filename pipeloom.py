@@ -395,7 +395,8 @@ def _checked_execute(m: MsgExecute) -> MsgExecute:
 
 
 TRANSACTION = re.compile(
-    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE | re.DOTALL
+    r"(?:\s|--[^\n]*\n|/\*(?:(?!\*/).)*\*/)*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b",
+    re.IGNORECASE | re.DOTALL,
 )
 _manages_transaction = lru_cache(256)(TRANSACTION.match)
 
@@ -2453,7 +2454,8 @@ class TaskContext:
         """Send any typed message, waiting while the writer is behind; `block` and `timeout` change nothing.
 
         Raises MessageRefused for a message that can never be stored. After the task's finish, status messages
-        are dropped and all else is refused. A handler may get a message twice: send a list, not an iterator.
+        are dropped and all else is refused. A handler may get a message twice, and later: send a list, not an
+        iterator, and do not change it any more.
         """
         kind = type(message)
         check = CHECKS.get(kind)
@@ -2499,7 +2501,10 @@ class TaskContext:
         self.progress(step, total)
 
     def execute(self, sql: str, params: Any = ()) -> None:
-        """One SQL statement for the writer; consecutive ones with the same SQL are run as one."""
+        """One SQL statement for the writer; consecutive ones with the same SQL are run as one.
+
+        It is run later: a bytearray, or a memoryview of one, must not change until then; pass bytes.
+        """
         row, group = params if type(params) is tuple else _row(params), self._group
         if sql != group[0] or get_ident() != self._thread or self.closed or self.reason is not None:
             if get_ident() != self._thread:
@@ -3134,7 +3139,7 @@ class _Roster:
         self.old = run.writer.status.last_id  # the highest id of earlier runs
         self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
-        self._told = False
+        self._told = False  # that a run was cut short
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         if self.old == NEVER:  # there is nothing to be read
             self._conn = sqlite3.connect("", isolation_level=None)
@@ -4006,7 +4011,8 @@ class _Intake:
     def _admit(self, stage: _Stage, item: Any, name: str, id: int, done_in: int | None) -> None:
         """A task has come: it runs, unless it is done and nothing that it comes after has run since."""
         place, redo = stage.place, self._run.options["redo"]
-        self._unseen -= {name, stage.name} if self._unseen else set()
+        if self._unseen:
+            self._unseen -= {name, stage.name}
         if done_in is None or done_in < place.older or place.doomed or name in redo or stage.name in redo:
             stage.submitted += 1
             self._crew.submit(_Attempt(self._run, stage, item, id, name), place.doomed)

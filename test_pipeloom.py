@@ -4540,6 +4540,8 @@ def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
                 send()
             told.append(str(error.value))
 
+        ctx.execute("/* so */" * 40 + "INSERT INTO t VALUES (?)", (1,))  # is understood in no time
+
     told = []
     run(["a"], db, work, schema="CREATE TABLE t(a)")
     row = "params='hello': expected a row of values; for a single one, (value,)"
@@ -4547,6 +4549,7 @@ def test_arguments_that_are_no_rows_are_refused_with_the_right_form(db):
     transaction = "'COMMIT' is not allowed in a task, because the writer manages transactions; remove it"
     commented = "'-- so\\n/* so */ SAVEPOINT s' is not allowed in a task"
     assert told[:4] == [row, row, frame, transaction] and told[4].startswith(commented)
+    assert rows(db, "SELECT a FROM t") == [(1,)]
 
 
 # ---- 4.5 The declarative interface ---------------------------------------------------------------------
