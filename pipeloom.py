@@ -1408,25 +1408,24 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
     except Exception as error:
         if _trouble(error):
             raise
-        number = len(rows) - length_hint(left)
-        if joins:
-            number, error = _first_that_fails(conn, m.sql, rows, start, error)
+        number = _first_that_fails(conn, m, start, error) if joins else len(rows) - length_hint(left)
         error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
-        raise error from error.__cause__
+        raise
 
 
 def _first_that_fails(
-    conn: sqlite3.Connection, sql: str, rows: list[Any], start: int, error: Exception
-) -> tuple[int, Exception]:
-    """A statement that fails undoes all its rows. Which of them is it, from 1, and what is wrong with it? 0 and
-    the error of all if nobody can tell.
+    conn: sqlite3.Connection, m: MsgExecute | _Statement, start: int, error: Exception
+) -> int:
+    """A statement that fails undoes all its rows. Which of them is it? From 1; 0 if nobody can tell. The error
+    then says what is wrong with that row.
     """
-    for number in range(start, len(rows)) if conn.in_transaction else ():
+    for number in range(start, len(m.params)) if conn.in_transaction else ():
         try:
-            conn.execute(sql, rows[number])
+            conn.execute(m.sql, m.params[number])
         except Exception as its:
-            return number + 1, its
-    return 0, error
+            error.args = its.args
+            return number + 1
+    return 0
 
 
 def _are_plain(rows: list[Any], width: int) -> bool:
