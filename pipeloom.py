@@ -49,7 +49,7 @@ PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIG
 ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
 OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
-# ruff: noqa: BLE001, RUF100, S102, UP007, UP017, UP035 -- your code may raise anything; Python 3.8 lacks the rest
+# ruff: noqa: BLE001, RUF100, S102, UP007, UP017, UP035 -- your code may raise anything; 3.8 lacks the rest
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ if __name__ == "__main__":
         _file = os.path.abspath(__file__)
         sys.path.insert(0, os.path.dirname(_file))  # as it is not there with PYTHONSAFEPATH
         _name, _suffix = os.path.splitext(os.path.basename(_file))
-        _name = _name if _suffix == ".py" and "." not in _name else "pipeloom"  # other names nobody can import
+        _name = _name if _suffix == ".py" and "." not in _name else "pipeloom"  # nobody can import others
         _spec = spec_from_loader(_name, SourceFileLoader(_name, _file))
     _module: Any = sys.modules.get(_spec.name)  # its package may have imported it already
     if _module is None:
@@ -834,7 +834,7 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
     rf"(?P<head>\s*(?:INSERT|REPLACE)(?:\s+OR\s+\w+)?\s+INTO\s+{_NAME}(?:\s*\.\s*{_NAME})?"
     rf"(?:\s*\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))?\s*VALUES\s*)"
     r"(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))"
-    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\b(?:SELECT|IN)\b)[^?])*)$",  # a subquery is run once a statement
+    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\b(?:SELECT|IN)\b)[^?])*)$",  # a subquery runs only once
     re.IGNORECASE,
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
@@ -1416,8 +1416,9 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
 def _first_that_fails(
     conn: sqlite3.Connection, m: MsgExecute | _Statement, start: int, error: Exception
 ) -> int:
-    """A statement that fails undoes all its rows. Which of them is it? From 1; 0 if nobody can tell. The error
-    then says what is wrong with that row.
+    """A statement that fails undoes all its rows. Which of them is it? From 1; 0 if nobody can tell.
+
+    The error then says what is wrong with that row.
     """
     for number in range(start, len(m.params)) if conn.in_transaction else ():
         try:
@@ -3981,8 +3982,8 @@ class _Intake:
             self._run.display.tell(logging.WARNING, told, stage.name)
         if stage.declared.counted and self._run.options["resume"]:
             told = (
-                "%s have no names and are known by their position: with resume, a new one may be taken for one "
-                "that is done; give them names"
+                "%s have no names and are known by their position: with resume, a new one may be taken for "
+                "one that is done; give them names"
             )
             of = f"items of task {stage.name!r}" if stage.name else "tasks"
             self._run.display.tell(logging.WARNING, told, of)
@@ -4855,8 +4856,9 @@ def _close(files: list[int]) -> None:
 
 
 def _is_free(file: int) -> bool:
-    """Whether nobody else has opened a file and not closed it: Linux grants a lease then, and only then. Who has
-    inherited our descriptor is not seen.
+    """Whether nobody else has opened a file and not closed it: Linux grants a lease then, and only then.
+
+    Who has inherited our descriptor is not seen.
     """
     from fcntl import F_SETLEASE, F_SETSIG, F_UNLCK, F_WRLCK, fcntl
 
