@@ -2983,7 +2983,8 @@ class _Declared:
             return None, self.name
         given, name = _identify(item)
         if self.call is _call_with_task:
-            self.counted = self.counted or (given is None and not name)
+            if given is None and not name:
+                self.counted = True
             return given, _text(name) if name else f"task-{position if given is None else given}"
         if self.naming is not None:
             name = self.naming(item)
@@ -2993,7 +2994,8 @@ class _Declared:
             name = str(item)
             if re.search(" at 0x[0-9a-fA-F]{5}", name):  # an address names nothing in later runs
                 name = None
-        self.counted = self.counted or not name
+        if not name:
+            self.counted = True
         return None, _text(f"{self.name}[{name or position}]")
 
     def items(self) -> Any:

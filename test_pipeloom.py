@@ -5605,6 +5605,9 @@ def test_what_a_name_function_returns_is_the_name_and_only_nothing_is_counted(db
 
 def test_a_redo_of_what_does_not_come_any_more_is_told(db, caplog):
     run(["a", "b"], db, nothing)
+    run(["\x1b[31m"], db, nothing)
+    with pytest.raises(pipeloom.UsageError, match=r"no task has this name; there are .*\?\[31m"):
+        run(["a"], db, nothing, redo=["no"])
     assert run(["b", "c"], db, nothing, redo=["a", "b"]).done == 2
     assert "redo='a': no task of this run has this name" in caplog.messages
     assert not any("redo='b'" in message for message in caplog.messages)
@@ -6043,6 +6046,14 @@ def test_run_calls_a_function_of_the_users_with_the_users_classes(home, start, t
     assert "3 done in" in done.stderr and "mine.db" in done.stderr
     assert sorted(rows(home / "mine.db", "SELECT x FROM t")) == [("y-0",), ("y-1",), ("y-2",)]
     assert not (home / "own.db").exists()
+
+
+def test_a_copy_that_other_processes_cannot_import_is_refused_with_processes(home):
+    (home / "pipeloom.py").rename(home / "loom.v2.py")
+    (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
+    done = python("loom.v2.py", "run", "job.py", "--processes", "2", cwd=home, code=2)
+    assert "other processes cannot import" in done.stderr and "name it pipeloom.py" in done.stderr
+    assert "2 done" in python("loom.v2.py", "run", "job.py", cwd=home, code=0).stderr
 
 
 @pytest.mark.parametrize("start", ["pipeloom.py", "-m pipeloom"])
