@@ -744,6 +744,7 @@ class Channel:
         self._bare = source is not None
         self._limit = limit  # 700 to 2,000 are about as fast
         self._rows = 0.0  # what the rows in them count as, in messages; no lock, a guess
+        self._begun: deque[_Attempt] = deque()  # those that have started since the writer came last
         self._room = threading.Condition()
         self._reader, self._pid = 0, os.getpid()  # the thread that drains it, and its process
         self._ended = False
@@ -778,6 +779,12 @@ class Channel:
             raise self.failure
         self._queue.put((sender, message))
 
+    def begin(self, sender: _Attempt) -> None:
+        """The sender has started, and says so with the next message; not if its end is there as soon."""
+        self._begun.append(sender)  # first: the writer looks here after it has looked at the queue
+        if not self._queue.qsize() or self.failure is not None:
+            self.push(None, STARTED)  # which wakes the writer, or raises what made it fail
+
     def has_room(self) -> bool:
         return bool(self._queue.qsize() + self._rows < self._limit)
 
@@ -798,6 +805,8 @@ class Channel:
             self._rows, self._reader = 0.0, get_ident()
             items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
             taken = len(items)
+            begun = [self._begun.popleft() for _ in range(len(self._begun))]
+            items[:0] = [(sender, STARTED) for sender in begun if not sender.closed]
             with self._room:
                 self._room.notify_all()
             end = next(compress(count(), map(partial(is_, SENTINEL), items)), None)
@@ -1029,8 +1038,6 @@ _TaskRow = namedtuple(  # of task_runs, as the next commit will write it; in the
 # A namedtuple's own __new__ is Python, and takes twice as long. These are for each task, from a tuple.
 _row_of, _finish_of = partial(tuple.__new__, _TaskRow), partial(tuple.__new__, _Finish)
 _finish_fields = attrgetter(*_Finish._fields)
-_alike, ALIKE = itemgetter(2, 4, 8), (DONE, "", 1)  # status, message and attempts of what STORE_DONE stores
-_varying = itemgetter(0, 1, 5, 6, 7, 9)  # what it is told of that; the rest is the same for all
 
 
 class _Status:
@@ -1048,6 +1055,7 @@ class _Status:
         self.sender: _Attempt | None = None  # of the message that is being applied
         self.last_id = NEVER  # the highest id that is committed: what is above it is new
         self._pending: dict[int, _TaskRow] = {}  # rows that this transaction writes
+        self._done: dict[int, tuple[Any, ...]] = {}  # and what STORE_DONE takes, of tasks that are all in it
         self._unfinished: dict[int, _TaskRow] = {}  # committed rows of tasks that have not ended
         self.news: dict[tuple[int, type], Any] = {}  # messages of this transaction, for the display
         self.ended: list[tuple[_Attempt, str, str]] = []  # and for the engine: attempt, status, message
@@ -1083,7 +1091,7 @@ class _Status:
 
     def forget(self) -> None:
         """What an earlier try at this transaction meant to do."""
-        self._pending, self.news, self.ended = {}, {}, []
+        self._pending, self._done, self.news, self.ended = {}, {}, {}, []
 
     def begin(self, sender: _Attempt) -> None:
         """The same as started(), for the engine's own word."""
@@ -1122,9 +1130,12 @@ class _Status:
 
     def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
         """The end of a task; `sender` is its attempt, if that has sent it."""
+        has_row = m.task_id in self._pending or m.task_id in self._unfinished
+        if m.status == DONE and type(m) is _Finish and sender is not None and not has_row:
+            return self._done_at_once(m, sender)
         row = self._row(m)
         if sender is None and row.status in FINAL:
-            return  # the first finish counts; a worker's own is the first, as its context sees to that
+            return None  # the first finish counts; a worker's own is the first, as its context sees to that
         id, status, at, result, message = m if type(m) is _Finish else _finish_fields(m)
         if status == ERROR and sender is not None and sender.may_retry():
             status, at, result, message = QUEUED, "", None, f"attempt {sender.attempt} failed: {message}"
@@ -1139,6 +1150,16 @@ class _Status:
         ))  # fmt: skip
         if self.shows:
             self.news[id, MsgTaskFinished] = MsgTaskFinished(id, status, at, result, message)
+        return None
+
+    def _done_at_once(self, m: _Finish, sender: _Attempt) -> None:
+        """Since the last commit a task has started and come to its end, as nearly all short ones do."""
+        id, name, at = sender.task_id, sender.name, sender.started_at
+        self._done[id] = id, name, at, m.finished_at, m.result, self.run_id
+        self.ended.append((sender, DONE, ""))
+        if self.shows:
+            self.news[id, MsgTaskStarted] = MsgTaskStarted(id, name, at or "")
+            self.news[id, MsgTaskFinished] = MsgTaskFinished(id, DONE, m.finished_at, m.result, "")
 
     def _own_sender(self, m: Any) -> _Attempt | None:
         """The attempt that a message is about, if its own worker sent it."""
@@ -1146,12 +1167,14 @@ class _Status:
 
     def _row(self, m: Any) -> _TaskRow:
         """The row of a message's task as it is now; one that was never started gets one all the same."""
-        id = m.task_id
+        id, sender = m.task_id, self._own_sender(m)
         row = self._pending.get(id) or self._unfinished.get(id)
-        if row is not None:
-            return row
-        sender = self._own_sender(m)
-        if id <= self.last_id and self.kept and (sender is None or sender.started_at != "never"):
+        if sender and sender.has_begun() and (row is None or (row.attempts or 0) < sender.attempt):
+            self.begin(sender)
+            return self._pending[id]
+        if row is not None or id in self._done:
+            return row or _TaskRow(id, "", DONE)
+        if id <= self.last_id and self.kept and sender is None:
             cursor = self._store.conn.cursor()
             cursor.row_factory = None  # a handler may have set the connection's
             found = cursor.execute(LOAD_TASK, (id,)).fetchone()
@@ -1161,12 +1184,9 @@ class _Status:
         return _TaskRow(id, name, QUEUED, attempts=attempts, run_id=self.run_id)
 
     def write(self) -> None:
-        done: list[_TaskRow] = []
-        others: list[_TaskRow] = []
-        for row in self._pending.values() if self.kept else ():
-            (done if _alike(row) == ALIKE else others).append(row)
-        _insert(self._store.conn, STORE_TASKS, others)
-        _insert(self._store.conn, STORE_DONE, list(map(_varying, done)))
+        if self.kept:
+            _insert(self._store.conn, STORE_DONE, list(self._done.values()))
+            _insert(self._store.conn, STORE_TASKS, list(self._pending.values()))
 
     def committed(self) -> None:
         for id, row in self._pending.items():
@@ -1174,7 +1194,7 @@ class _Status:
                 self._unfinished.pop(id, None)
             else:
                 self._unfinished[id] = row
-        self.last_id = max(self.last_id, max(self._pending, default=self.last_id))
+        self.last_id = max(chain([self.last_id], self._pending, self._done))
 
 
 class SQLiteWriter(threading.Thread):
@@ -1309,10 +1329,10 @@ class SQLiteWriter(threading.Thread):
         joined = _Joined(self.conn, len(batch))
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
-                if sender is not None and message is STARTED:  # each task's, and never refused
-                    self.status.begin(sender)
-                else:
+                if message is not STARTED:
                     self._apply(sender, message, joined)
+                elif sender is not None:
+                    self.status.begin(sender)
             joined.insert()
         except BaseException as error:  # a handler's SystemExit too
             if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
@@ -2719,9 +2739,12 @@ class _Attempt(TaskContext):
             if self.started_at or self.closed:
                 return False
             self.started_at = _now()
-            self.run.channel.push(self, STARTED)
+            self.run.channel.begin(self)
         self.enter()
         return True
+
+    def has_begun(self) -> bool:
+        return self.started_at not in ("", None, "never")
 
     def put_back(self) -> None:
         """It has not been called after all: it may begin again, or be cancelled."""

@@ -3795,6 +3795,45 @@ def test_a_finish_for_another_task_neither_hangs_the_run_nor_hides_that_tasks_ow
     assert [row[2] for row in rows(db)] == ["done"] * 3
 
 
+@pytest.mark.parametrize("when", ["in the same batch", "in a later one"])
+def test_what_another_task_says_of_one_that_is_done_changes_nothing(db, when):
+    class Slow:
+        pass
+
+    held, over, contexts = threading.Event(), threading.Event(), []
+
+    def hold(conn, message):  # the writer, so that what follows shares a batch
+        held.set()
+        assert over.wait(WAIT)
+
+    def work(task, ctx):
+        if task == "slow":
+            return ctx.put(Slow())
+        if task == "done":
+            return contexts.append(ctx)
+        wait_for(lambda: contexts and contexts[0].closed)
+        if when != "in the same batch":
+            over.set()
+            wait_until_stored(ctx, "name = 'done' AND status = 'done'")
+        ctx.put(MsgTaskProgress(contexts[0].task_id, 1, 2, "late"))
+        ctx.put(MsgTaskFinished(contexts[0].task_id, "error", "late", message="late"))
+        over.set()
+        return None
+
+    def tasks():
+        yield "slow"
+        assert held.wait(WAIT)
+        yield from ("other", "done")
+
+    display = Recorder()
+    result = run(tasks(), db, work, workers=3, handlers={Slow: hold}, atomic=False, progress=display)
+    assert result.done == 3
+    told = rows(db, "SELECT id, status, progress, message, attempts FROM task_runs WHERE name = 'done'")
+    assert told == [(contexts[0].task_id, "done", 1.0, "", 1)]
+    kinds = [type(message) for message in display.messages() if message.task_id == told[0][0]]
+    assert kinds == [MsgTaskStarted, MsgTaskFinished]
+
+
 def test_the_writer_works_alone_on_a_plain_queue(db):
     run_alone(
         db,
@@ -7341,6 +7380,28 @@ def test_a_channel_has_room_until_messages_and_rows_are_as_many_as_its_limit():
     channel.put(SENDER, 1, rows=2 * pipeloom.SMALL)
     assert not channel.has_room()
     assert [message for _, message in next(channel.batches())] == [0, 1] and channel.has_room()
+
+
+def test_the_start_of_a_task_comes_with_the_next_message_and_before_its_own_unless_it_has_ended():
+    channel = pipeloom.Channel()
+    slow, quick = (SimpleNamespace(lock=nullcontext(), closed=False) for _ in range(2))
+    batches = channel.batches()
+    channel.begin(slow)  # which alone wakes the reader
+    assert next(batches) == [(slow, pipeloom.STARTED), (None, pipeloom.STARTED)]
+    channel.put(SENDER, 1)
+    channel.begin(quick)
+    channel.begin(slow)
+    channel.put(slow, 2)
+    channel.put(quick, 3, last=True)
+    assert next(batches) == [(slow, pipeloom.STARTED), (SENDER, 1), (slow, 2), (quick, 3)]
+
+
+def test_no_task_begins_once_the_channel_has_failed():
+    channel = pipeloom.Channel()
+    channel.put(SENDER, "nobody reads it")
+    channel.fail(pipeloom.WriterFailed("x.db", "broken", "repair it"))
+    with pytest.raises(pipeloom.WriterFailed):
+        channel.begin(SENDER)
 
 
 def test_a_channel_that_fails_releases_every_waiting_producer():
