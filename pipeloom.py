@@ -744,7 +744,7 @@ class Channel:
         self._bare = source is not None
         self._limit = limit  # 700 to 2,000 are about as fast
         self._rows = 0.0  # what the rows in them count as, in messages; no lock, a guess
-        self._begun: deque[_Attempt] = deque()  # those that have started since the writer came last
+        self._begun: list[_Attempt] = []  # those that have started since the writer came last
         self._room = threading.Condition()
         self._reader, self._pid = 0, os.getpid()  # the thread that drains it, and its process
         self._ended = False
@@ -780,10 +780,16 @@ class Channel:
         self._queue.put((sender, message))
 
     def begin(self, sender: _Attempt) -> None:
-        """The sender has started, and says so with the next message; not if its end is there as soon."""
+        """Say that the sender has started: the writer asks for begun() when it comes for the next message."""
         self._begun.append(sender)  # first: the writer looks here after it has looked at the queue
         if not self._queue.qsize() or self.failure is not None:
-            self.push(None, STARTED)  # which wakes the writer, or raises what made it fail
+            self.push(sender, STARTED)  # which wakes the writer, or raises what made it fail
+
+    def begun(self) -> list[_Attempt]:
+        """Who has started since it was asked last: the senders of all that batches() has given, at least."""
+        begun = self._begun[:]  # more may come meanwhile
+        del self._begun[: len(begun)]
+        return begun
 
     def has_room(self) -> bool:
         return bool(self._queue.qsize() + self._rows < self._limit)
@@ -805,8 +811,6 @@ class Channel:
             self._rows, self._reader = 0.0, get_ident()
             items = [self._queue.get() for _ in range(min(self._queue.qsize(), 10_000) or 1)]
             taken = len(items)
-            begun = [self._begun.popleft() for _ in range(len(self._begun))]
-            items[:0] = [(sender, STARTED) for sender in begun if not sender.closed]
             with self._room:
                 self._room.notify_all()
             end = next(compress(count(), map(partial(is_, SENTINEL), items)), None)
@@ -1056,6 +1060,7 @@ class _Status:
         self.last_id = NEVER  # the highest id that is committed: what is above it is new
         self._pending: dict[int, _TaskRow] = {}  # rows that this transaction writes
         self._done: dict[int, tuple[Any, ...]] = {}  # and what STORE_DONE takes, of tasks that are all in it
+        self.begun: list[_Attempt] = []  # attempts of which the next commit tells that they have started
         self._unfinished: dict[int, _TaskRow] = {}  # committed rows of tasks that have not ended
         self.news: dict[tuple[int, type], Any] = {}  # messages of this transaction, for the display
         self.ended: list[tuple[_Attempt, str, str]] = []  # and for the engine: attempt, status, message
@@ -1089,13 +1094,19 @@ class _Status:
             row = (_now(), status, *ran, None if cut_short else skipped, sum(counts), self.run_id)
             self._store.conn.execute(FINISH_RUN, row)
 
-    def forget(self) -> None:
-        """What an earlier try at this transaction meant to do."""
+    def start_over(self) -> None:
+        """Forget what an earlier try at this transaction meant to do; who has begun is still to be told."""
         self._pending, self._done, self.news, self.ended = {}, {}, {}, []
+        for sender in self.begun:
+            if not sender.closed:  # else its end is mostly in this batch; see write()
+                self.begin(sender)
 
     def begin(self, sender: _Attempt) -> None:
-        """The same as started(), for the engine's own word."""
+        """The same as started(), for the engine's own word; nothing where its row says so already."""
         id, at, number = sender.task_id, sender.started_at, sender.attempt
+        row = self._pending.get(id) or self._unfinished.get(id)
+        if not sender.has_begun() or (row is not None and (row.attempts or 0) >= number):
+            return
         self._pending[id] = _row_of(
             (id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id, None)
         )
@@ -1104,8 +1115,10 @@ class _Status:
             self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at or "")
 
     def put_back(self, sender: _Attempt) -> None:
-        """What it has said with begin() is not so."""
+        """It has not started after all, unless it has meanwhile, once more."""
         id = sender.task_id
+        if sender.has_begun():
+            return
         self._pending[id] = _TaskRow(id, sender.name, QUEUED, attempts=sender.attempt - 1, run_id=self.run_id)
         if self.shows:
             self.news[id, MsgTaskFinished] = MsgTaskFinished(id, QUEUED, "", None, "")
@@ -1131,7 +1144,7 @@ class _Status:
     def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
         """The end of a task; `sender` is its attempt, if that has sent it."""
         has_row = m.task_id in self._pending or m.task_id in self._unfinished
-        if m.status == DONE and type(m) is _Finish and sender is not None and not has_row:
+        if m.status == DONE and type(m) is _Finish and sender and sender.attempt == 1 and not has_row:
             return self._done_at_once(m, sender)
         row = self._row(m)
         if sender is None and row.status in FINAL:
@@ -1168,10 +1181,9 @@ class _Status:
     def _row(self, m: Any) -> _TaskRow:
         """The row of a message's task as it is now; one that was never started gets one all the same."""
         id, sender = m.task_id, self._own_sender(m)
-        row = self._pending.get(id) or self._unfinished.get(id)
-        if sender and sender.has_begun() and (row is None or (row.attempts or 0) < sender.attempt):
+        if sender is not None:
             self.begin(sender)
-            return self._pending[id]
+        row = self._pending.get(id) or self._unfinished.get(id)
         if row is not None or id in self._done:
             return row or _TaskRow(id, "", DONE)
         if id <= self.last_id and self.kept and sender is None:
@@ -1184,6 +1196,9 @@ class _Status:
         return _TaskRow(id, name, QUEUED, attempts=attempts, run_id=self.run_id)
 
     def write(self) -> None:
+        for sender in self.begun:
+            if sender.task_id not in self._done:
+                self.begin(sender)
         if self.kept:
             _insert(self._store.conn, STORE_DONE, list(self._done.values()))
             _insert(self._store.conn, STORE_TASKS, list(self._pending.values()))
@@ -1195,6 +1210,7 @@ class _Status:
             else:
                 self._unfinished[id] = row
         self.last_id = max(chain([self.last_id], self._pending, self._done))
+        self.begun.clear()
 
 
 class SQLiteWriter(threading.Thread):
@@ -1254,6 +1270,7 @@ class SQLiteWriter(threading.Thread):
             for batch in self._channel.batches():
                 began = time.monotonic()
                 if batch:
+                    self.status.begun += self._channel.begun()
                     self._commit(batch)
                     if time.monotonic() - began < GATHER and self._channel.has_room():
                         time.sleep(GATHER)  # it was so little that messages should gather for the next
@@ -1325,14 +1342,12 @@ class SQLiteWriter(threading.Thread):
         self._acknowledge()
 
     def _apply_all(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
-        self.status.forget()
+        self.status.start_over()
         joined = _Joined(self.conn, len(batch))
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
-                if message is not STARTED:
+                if message is not STARTED:  # see Channel.begin()
                     self._apply(sender, message, joined)
-                elif sender is not None:
-                    self.status.begin(sender)
             joined.insert()
         except BaseException as error:  # a handler's SystemExit too
             if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
@@ -1383,7 +1398,7 @@ class SQLiteWriter(threading.Thread):
             self._display.update(message)
         if self._engine is not None and self.status.ended:
             self._engine.settle(self.status.ended)
-        self.status.forget()
+        self.status.start_over()
 
     def handle(self, message: Any) -> None:
         """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
