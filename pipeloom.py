@@ -484,8 +484,8 @@ FINISH_RUN = (
     "UPDATE pipeline_runs SET finished_at = ?, status = ?, done = ?, error = ?, cancelled = ?, skipped = ?,"
     " total = ? WHERE id = ?"
 )
+# The run that has not said that it ended: it is on, or died.
 HOLDER = "SELECT pid, host, started_at FROM pipeline_runs WHERE status = 'running' ORDER BY id DESC LIMIT 1"
-UNSETTLED = "SELECT 1 FROM pipeline_runs WHERE status = 'running'"
 UNFINISHED_TASKS = (  # those that nobody will finish any more
     "UPDATE task_runs SET status = 'cancelled', message = ?, finished_at = ?"
     " WHERE status IN ('queued', 'running')"
@@ -1076,7 +1076,7 @@ class _Status:
             return
         if self.last_id > NEVER and any(stage.declared.by_name for stage in run.graph.stages):
             execute(INDEX_NAMES)
-        if execute(UNSETTLED).fetchone() or not execute("SELECT 1 FROM pipeline_runs").fetchone():
+        if execute(HOLDER).fetchone() or not execute("SELECT 1 FROM pipeline_runs").fetchone():
             execute(UNFINISHED_TASKS, ("interrupted", _now()))  # by the death of that run
             execute(UNFINISHED_RUNS, (_now(),))
         # socket.gethostname() is the same, but socket takes long to import.
