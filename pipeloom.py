@@ -889,7 +889,7 @@ class _GuardedCursor(sqlite3.Cursor):
 class _Guarded(sqlite3.Connection):
     """The writer's connection."""
 
-    is_on = False  # the writer has begun a transaction, and not ended it
+    is_on = False  # the writer has begun a transaction, and is not about to end it
     connection = property(lambda self: self)
     execute = _inside(sqlite3.Connection.execute)
     executemany = _inside(sqlite3.Connection.executemany)
@@ -916,7 +916,6 @@ class _Store:
         self._wal, self._durable, self._patience = wal, durable, patience
         self._hurried = hurried  # whether there is no time to wait for a lock or a disk
         self._tell = tell  # logs a line, without waiting
-        self._ours = False  # a transaction statement is the writer's own; see _authorize
         self._defers = False  # somebody references task_runs, whose rows are written last
 
     def open(self, prepare: Callable[[], object]) -> None:
@@ -1021,17 +1020,14 @@ class _Store:
 
     def _authorize(self, action: int, what: str | None, *_: object) -> int:
         """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
-        if action != sqlite3.SQLITE_TRANSACTION or self._ours:
+        if action != sqlite3.SQLITE_TRANSACTION or not self.conn.is_on:  # then it is from _own()
             return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY if what == "ROLLBACK" else sqlite3.SQLITE_IGNORE
 
     def _own(self, statement: str) -> None:
-        self._ours, self.conn.is_on = True, False
-        try:
-            # sqlite3 caches statements by their text and authorizes each only once: a handler's differs.
-            self.conn.execute(f"{statement} -- pipeloom")
-        finally:
-            self._ours = False
+        self.conn.is_on = False
+        # sqlite3 caches statements by their text and authorizes each only once: a handler's differs.
+        self.conn.execute(f"{statement} -- pipeloom")
         self.conn.is_on = statement.startswith("BEGIN")
 
 
