@@ -920,9 +920,6 @@ class _Store:
 
     def open(self, prepare: Callable[[], object]) -> None:
         """Open the database and prepare it in one transaction: what fails leaves nothing behind."""
-        self.patiently(self._open, prepare)
-
-    def _open(self, prepare: Callable[[], object]) -> None:
         self.close()
         self.conn = sqlite3.connect(self.path, timeout=0.25, isolation_level=None, factory=_Guarded)
         _set_up(self.conn, self.path, self._wal, self._tell)
@@ -943,11 +940,8 @@ class _Store:
         if self.path != ":memory:":
             self.files[self.path] = os.stat(self.path)
 
-    def transaction(self, apply: Callable[..., None], *args: Any) -> None:
-        """Commit what `apply` does; it is called again where that had to be rolled back and may work yet."""
-        self.patiently(self._transaction, apply, *args)
-
-    def _transaction(self, apply: Callable[..., None], *args: Any) -> None:
+    def commit(self, apply: Callable[..., None], *args: Any) -> None:
+        """Commit what `apply` does; patiently() calls it again where that had to be rolled back."""
         if self.conn.in_transaction:  # there was no memory to end the last one
             self._own("ROLLBACK")
         self._own("BEGIN IMMEDIATE")
@@ -958,7 +952,9 @@ class _Store:
         self._own("COMMIT")
 
     def patiently(self, step: Callable[..., None], *args: Any) -> None:
-        """Take a step until it works: a lock or a full disk that passes costs time and nothing else."""
+        """Take a step, open() or commit(), until it works: a lock or a full disk that passes costs time and
+        nothing else.
+        """
         began = time.monotonic()
         warned = False
         while True:
@@ -1260,7 +1256,7 @@ class SQLiteWriter(threading.Thread):
             if self._engine is None:  # a run has done so
                 self._display.open()
                 _check_database(self.store.shown, self.status.kept)
-            self.store.open(self._prepare)
+            self.store.patiently(self.store.open, self._prepare)
             self.opened = True
             self._ring()
             for batch in self._channel.batches():
@@ -1271,7 +1267,7 @@ class SQLiteWriter(threading.Thread):
                     if time.monotonic() - began < GATHER and self._channel.has_room():
                         time.sleep(GATHER)  # it was so little that messages should gather for the next
             if self._engine is not None:
-                self.store.transaction(self.status.end, *self._engine.ending())
+                self.store.patiently(self.store.commit, self.status.end, *self._engine.ending())
             with suppress(sqlite3.Error):  # the next opening reads the WAL as well
                 wal_checkpoint(self.conn)
         except BaseException as error:
@@ -1311,7 +1307,7 @@ class SQLiteWriter(threading.Thread):
     def _commit(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         """Commit a batch; one with a bad message in it in halves, until that message is alone."""
         try:
-            self.store.transaction(self._apply_all, batch)
+            self.store.patiently(self.store.commit, self._apply_all, batch)
         except Exception as error:
             if isinstance(error, WriterFailed) or _trouble(error) == "corrupt":
                 raise
@@ -1332,7 +1328,7 @@ class SQLiteWriter(threading.Thread):
             return
         what = sender.record(error)
         finish = _Finish(sender.task_id, ERROR, _now(), None, what)
-        self.store.transaction(self._apply_all, [(sender, finish)])
+        self.store.patiently(self.store.commit, self._apply_all, [(sender, finish)])
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
         self._acknowledge()
