@@ -1232,12 +1232,13 @@ class SQLiteWriter(threading.Thread):
         self.opened = False  # and how it failed, `error` says
         self._schema = schema or ""
         self._channel = msg_q if isinstance(msg_q, Channel) else Channel(msg_q)
-        status = self.status
-        self._apply_by_type: dict[type, Callable[[Any], object]] = dict(
-            zip(STATUS, (status.started, status.progressed, status.finished))
-        )
-        for kind, handler in {MsgExecute: _run_statement, **_checked_handlers(handlers or {})}.items():
-            self._apply_by_type[kind] = partial(self._call, handler)
+        theirs = {MsgExecute: _run_statement, **_checked_handlers(handlers or {})}
+        self._apply_by_type: dict[type, Callable[[Any], object]] = {
+            MsgTaskStarted: self.status.started,
+            MsgTaskProgress: self.status.progressed,
+            MsgTaskFinished: self.status.finished,
+            **{kind: partial(self._call, handler) for kind, handler in theirs.items()},
+        }
         self.kinds = tuple(self._apply_by_type)  # the classes of messages that it applies
 
     @property
