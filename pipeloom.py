@@ -1336,7 +1336,7 @@ class SQLiteWriter(threading.Thread):
 
     def _apply_all(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
         self.status.start_over()
-        joined = _Joined(self.conn, len(batch))
+        joined = _Joined(self.conn, len(batch), self._hand_over)
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
                 if message is not STARTED:  # see Channel.begin()
@@ -1352,9 +1352,7 @@ class SQLiteWriter(threading.Thread):
         self.status.sender = sender
         if sender is None:
             check = CHECKS.get(type(message))  # a plain queue has checked nothing
-            message = message if check is None else check(message)
-            if not joined.takes(None, message):
-                self._hand_over(message)
+            joined.store(None, message if check is None else check(message))
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
         elif message is PUT_BACK:
@@ -1365,11 +1363,10 @@ class SQLiteWriter(threading.Thread):
         elif type(message) is _Finish or (type(message) is MsgTaskFinished and sender.owns(message)):
             if message.status == DONE:
                 for held in sender.held:
-                    if not joined.takes(sender, held):
-                        self._hand_over(held)
+                    joined.store(sender, held)
             self.status.finished(message, sender)
-        elif not joined.takes(sender, message):
-            self._hand_over(message)
+        else:
+            joined.store(sender, message)
 
     def _hand_over(self, message: Any) -> None:
         try:
@@ -1471,16 +1468,17 @@ class _Joined:
     different tasks change places. One that fails is found when its message is alone, and nothing is joined.
     """
 
-    def __init__(self, conn: sqlite3.Connection, messages: int) -> None:
+    def __init__(self, conn: sqlite3.Connection, messages: int, hand_over: Callable[[Any], None]) -> None:
         self._conn = conn
         self._joins = messages > 1
+        self._hand_over = hand_over
         self._groups: list[tuple[str, list[Any]]] = []  # statements in their order, and all rows of each
         self._newest: dict[str, tuple[int, int]] = {}  # the last group of each statement, and its columns
         self._last: dict[_Attempt | None, int] = {}  # the last group of each task
 
-    def takes(self, sender: _Attempt | None, m: Any) -> bool:
-        """Take the rows of a message for a group that is not before the task's last; else False, and what is
-        here has been stored: what another message does may depend on it.
+    def store(self, sender: _Attempt | None, m: Any) -> None:
+        """Take the rows of a message for a group that is not before the task's last; anything else is handed
+        over at once, and before it what is here: what that does may depend on it.
         """
         if self._joins and type(m) is _Statement:
             sql, rows, many, _ = m
@@ -1493,10 +1491,10 @@ class _Joined:
                 if at:  # 0 is what it is otherwise, and mostly
                     self._last[sender] = at
                 self._groups[at][1].extend(rows)
-                return True
+                return
         if type(m) not in STATUS:
             self.insert()
-        return False
+        self._hand_over(m)
 
     def insert(self) -> None:
         for sql, rows in self._groups:

@@ -7515,15 +7515,18 @@ STEPS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([INTO_A, INTO_A, I
 def test_rows_that_are_joined_are_all_stored_and_each_task_keeps_its_order(steps):
     with closing(sqlite3.connect(":memory:")) as conn:
         conn.executescript(LOGGED)
-        joined, sent, others = pipeloom._Joined(conn, 2), {}, []
+        sent, others = {}, []
+
+        def hand_over(statement):
+            pipeloom._run_statement(conn, statement)
+            others.append((conn.execute("SELECT count(*) FROM log").fetchone()[0], sum(map(len, sent.values()))))
+
+        joined = pipeloom._Joined(conn, 2, hand_over)
         for task, sql, number in steps:
             own = sent.setdefault(task, [])
             rows = [(task, len(own) + n) for n in range(number)]
             own.extend(rows)
-            statement = pipeloom._Statement(sql, rows, True, None)
-            if not joined.takes(task, statement):
-                pipeloom._run_statement(conn, statement)
-                others.append((conn.execute("SELECT count(*) FROM log").fetchone()[0], sum(map(len, sent.values()))))
+            joined.store(task, pipeloom._Statement(sql, rows, True, None))
         joined.insert()
         stored = conn.execute("SELECT task, step FROM log ORDER BY n").fetchall()
     for task, rows in sent.items():
@@ -7536,10 +7539,10 @@ def test_the_same_statement_of_many_tasks_is_run_once():
     with closing(sqlite3.connect(":memory:")) as conn:
         conn.executescript("CREATE TABLE a(task, step); CREATE TABLE b(task, step)")
         run_there = []
-        joined = pipeloom._Joined(conn, 300)
+        joined = pipeloom._Joined(conn, 300, pytest.fail)
         for task in range(300):
             for sql in (INTO_A, INTO_B):
-                assert joined.takes(task, pipeloom._Statement(sql, [(task, 1)], True, None))
+                joined.store(task, pipeloom._Statement(sql, [(task, 1)], True, None))
         conn.set_trace_callback(run_there.append)
         joined.insert()
         conn.set_trace_callback(None)
