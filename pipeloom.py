@@ -839,7 +839,6 @@ class Channel:
 # ---- Writer: the only code that writes SQLite; what it drained is one transaction ----------------------
 
 REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task_runs%'"
-FEW = 100  # rows that are stored together with those of other tasks; more have no need of it
 GATHER = 0.001  # seconds between commits that are quicker than that
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
 _NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
@@ -1305,10 +1304,12 @@ class SQLiteWriter(threading.Thread):
         self.status.open(self._engine)
         _run_schema(self.conn, self._schema)
 
-    def _commit(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
-        """Commit a batch; one with a bad message in it in halves, until that message is alone."""
+    def _commit(self, batch: list[tuple[_Attempt | None, Any]], joins: bool = True) -> None:
+        """Commit a batch; one with a bad message in it in halves, until that message is alone; its rows then
+        one by one, which tells the one that fails.
+        """
         try:
-            self.store.patiently(self.store.commit, self._apply_all, batch)
+            self.store.patiently(self.store.commit, self._apply_all, batch, joins)
         except Exception as error:
             if isinstance(error, WriterFailed) or _trouble(error) == "corrupt":
                 raise
@@ -1319,6 +1320,8 @@ class SQLiteWriter(threading.Thread):
         if len(batch) > 1:
             self._commit(batch[: len(batch) // 2])
             self._commit(batch[len(batch) // 2 :])
+        elif joins:
+            self._commit(batch, joins=False)
         else:
             self._reject(*batch[0], bad)
 
@@ -1329,14 +1332,14 @@ class SQLiteWriter(threading.Thread):
             return
         what = sender.record(error)
         finish = _Finish(sender.task_id, ERROR, _now(), None, what)
-        self.store.patiently(self.store.commit, self._apply_all, [(sender, finish)])
+        self.store.patiently(self.store.commit, self._apply_all, [(sender, finish)], False)
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
         self._acknowledge()
 
-    def _apply_all(self, batch: list[tuple[_Attempt | None, Any]]) -> None:
+    def _apply_all(self, batch: list[tuple[_Attempt | None, Any]], joins: bool) -> None:
         self.status.start_over()
-        joined = _Joined(self.conn, len(batch), self._hand_over)
+        joined = _Joined(self.conn, joins, self._hand_over)
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
                 if message is not STARTED:  # see Channel.begin()
@@ -1415,43 +1418,21 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
 
 
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
-    """Many rows in few statements: each step gives up the GIL, and busy workers are slow to return it."""
+    """What is not joined, row by row; for a writer alone, whose user is told of no row, many at once."""
+    if m.many and type(m) is MsgExecute and _are_plain(m.params, _insert_parts(m.sql)[3]):
+        return _insert(conn, _insert_parts(m.sql), m.params)
     rows = m.params if m.many else [m.params]
-    parts = _insert_parts(m.sql)
-    joins = m.many and _are_plain(rows, parts[3])
-    start, left = 0, iter(rows)
+    left = iter(rows)
     try:
-        if joins:
-            size = max(1, VARIABLES // parts[3])
-            for start in range(0, len(rows), size):
-                _insert(conn, parts, rows[start : start + size])
-        elif m.many and MANY.match(m.sql):
+        if m.many and MANY.match(m.sql):
             conn.executemany(m.sql, left)
         else:
             for row in left:
                 conn.execute(m.sql, row)
     except Exception as error:
-        if _trouble(error):
-            raise
-        number = _first_that_fails(conn, m, start, error) if joins else len(rows) - length_hint(left)
-        error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
+        if not _trouble(error):
+            error.row = _row_in_words(m.sql, rows, len(rows) - length_hint(left))  # type: ignore[attr-defined]
         raise
-
-
-def _first_that_fails(
-    conn: sqlite3.Connection, m: MsgExecute | _Statement, start: int, error: Exception
-) -> int:
-    """A statement that fails undoes all its rows. Which of them is it? From 1; 0 if nobody can tell.
-
-    The error then says what is wrong with that row.
-    """
-    for number in range(start, len(m.params)) if conn.in_transaction else ():
-        try:
-            conn.execute(m.sql, m.params[number])
-        except Exception as its:
-            error.args = its.args
-            return number + 1
-    return 0
 
 
 def _are_plain(rows: list[Any], width: int) -> bool:
@@ -1462,15 +1443,16 @@ def _are_plain(rows: list[Any], width: int) -> bool:
 
 
 class _Joined:
-    """The rows that the tasks of a batch send with the same statements, each of which is run once.
+    """The rows that the tasks of a batch send with the same statements, many in one: each step of SQLite's
+    gives up the GIL, and busy workers are slow to return it.
 
     A task's own rows stay in their order, and so does all else that is stored: only plain INSERTs of
     different tasks change places. One that fails is found when its message is alone, and nothing is joined.
     """
 
-    def __init__(self, conn: sqlite3.Connection, messages: int, hand_over: Callable[[Any], None]) -> None:
+    def __init__(self, conn: sqlite3.Connection, joins: bool, hand_over: Callable[[Any], None]) -> None:
         self._conn = conn
-        self._joins = messages > 1
+        self._joins = joins
         self._hand_over = hand_over
         self._groups: list[tuple[str, list[Any]]] = []  # statements in their order, and all rows of each
         self._newest: dict[str, tuple[int, int]] = {}  # the last group of each statement, and its columns
@@ -1483,7 +1465,7 @@ class _Joined:
         if self._joins and type(m) is _Statement:
             sql, rows, many, _ = m
             at, width = self._newest.get(sql) or (-1, _insert_parts(sql)[3])
-            if many and len(rows) <= FEW and _are_plain(rows, width):
+            if many and _are_plain(rows, width):
                 if at < self._last.get(sender, 0):
                     at = len(self._groups)
                     self._newest[sql] = at, width
