@@ -1115,10 +1115,11 @@ class _Status:
             self.news[id, MsgTaskFinished] = MsgTaskFinished(id, QUEUED, "", None, "")
 
     def started(self, m: MsgTaskStarted) -> None:
-        sender, row = self._own_sender(m), self._row(m)
-        if row.status != RUNNING or sender is None:  # else the worker repeats what the engine has said
-            attempts = sender.attempt if sender else (row.attempts or 0) + 1
-            row = _TaskRow(m.task_id, m.name, RUNNING, attempts=attempts, run_id=self.run_id)
+        row = self._row(m)
+        if self._own_sender(m) is None:  # else the worker repeats what the engine has said
+            row = _TaskRow(
+                m.task_id, m.name, RUNNING, attempts=(row.attempts or 0) + 1, run_id=self.run_id
+            )
         self._pending[m.task_id] = row._replace(name=m.name, started_at=m.started_at)
         if self.shows:
             self.news[m.task_id, MsgTaskStarted] = m
