@@ -962,6 +962,7 @@ class _Store:
             except Exception as error:
                 if self.conn is not None and self.conn.in_transaction:
                     self._own("ROLLBACK")
+                self.check_files()  # what is wrong with them says more
                 trouble = _trouble(error)
                 if trouble not in PASSING:
                     raise
@@ -983,10 +984,6 @@ class _Store:
 
     def failure(self, error: BaseException, opening: bool) -> BaseException:
         """What the caller is told of an error that the writer cannot go on after."""
-        try:
-            self.check_files()
-        except WriterFailed as moved:
-            error = moved
         if isinstance(error, WriterFailed) or (opening and isinstance(error, PipeloomError)):
             return error
         if opening and isinstance(error, sqlite3.Error):
@@ -1392,7 +1389,7 @@ class SQLiteWriter(threading.Thread):
             self._display.update(message)
         if self._engine is not None and self.status.ended:
             self._engine.settle(self.status.ended)
-        self.status.start_over()
+        self.status.start_over()  # so that nothing of it is kept while there is nothing to do
 
     def handle(self, message: Any) -> None:
         """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
