@@ -183,12 +183,11 @@ class _OfDatabase(PipeloomError):
     says = "database {!r} {}; {}"
 
     def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(self.says.format(path, what, cure))
+        super().__init__(path, what, cure)  # as pickle gives these to the copy
         self.path = path
-        self._given = path, what, cure
 
-    def __reduce__(self) -> Any:
-        return type(self), self._given  # as it may come from another process
+    def __str__(self) -> str:
+        return self.says.format(*self.args)
 
 
 class DatabaseError(_OfDatabase, UsageError):
@@ -384,8 +383,10 @@ def _checked_finished(m: MsgTaskFinished) -> MsgTaskFinished:
     if m.status not in FINAL:
         raise MessageRefused(f"status {m.status!r} is unknown: expected 'done', 'error' or 'cancelled'")
     given = m.task_id, m.status, m.finished_at, m.result, m.message
-    at, result = _time_text(m.finished_at), _result_text(m.result)
-    fields = _task_id(m.task_id), str(m.status), at, result, _text(m.message)
+    fields = (
+        _task_id(m.task_id), str(m.status), _time_text(m.finished_at), _result_text(m.result),
+        _text(m.message),
+    )  # fmt: skip
     return m if type(m) is MsgTaskFinished and all(map(is_, given, fields)) else MsgTaskFinished(*fields)
 
 
