@@ -1394,12 +1394,11 @@ class SQLiteWriter(threading.Thread):
 
     def handle(self, message: Any) -> None:
         """Apply one message to `self.conn`. To override; an exception fails the message's task only."""
-        kind = type(message)
+        kind: type | None = type(message)
         if kind not in self._apply_by_type:  # a subclass, perhaps
-            base = next((base for base in kind.__mro__ if base in self._apply_by_type), None)
-            if base is None:
-                raise _unknown(kind)
-            self._apply_by_type[kind] = self._apply_by_type[base]
+            kind = next((base for base in type(message).__mro__ if base in self._apply_by_type), None)
+        if kind is None:
+            raise _unknown(type(message))
         self._apply_by_type[kind](message)
 
     def _call(self, handler: Handler, message: Any) -> None:
