@@ -1278,9 +1278,9 @@ class SQLiteWriter(threading.Thread):
     def _explain(self, error: BaseException) -> None:
         with suppress(Exception):  # of no memory: then as it is
             self.error = self.store.failure(_reason(error), opening=not self.opened)
-            if self._engine is None:
-                self._display.tell(logging.ERROR, "%s", self.error)
-        if self._engine is not None:
+        if self._engine is None:
+            self._display.tell(logging.ERROR, "%s", self.error)
+        else:
             self._engine.stop("the writer failed")
 
     def _leave(self) -> None:
