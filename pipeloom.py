@@ -82,8 +82,7 @@ if __name__ == "__main__":
     # This copy of the file would have classes of its own, which the tasks' `import pipeloom` does not know:
     # hand over to the real module. It gets this code: to import it would be to compile it again, where
     # nothing is cached.
-    from importlib.machinery import SourceFileLoader
-    from importlib.util import module_from_spec, spec_from_loader
+    from importlib import machinery, util
 
     _spec: Any = globals().get("__spec__")
     if _spec is None or _spec.name == "__main__":  # `python pipeloom.py`, or cProfile and the like
@@ -91,10 +90,10 @@ if __name__ == "__main__":
         sys.path.insert(0, os.path.dirname(_file))  # as it is not there with PYTHONSAFEPATH
         _name, _suffix = os.path.splitext(os.path.basename(_file))
         _name = _name if _suffix == ".py" and "." not in _name else "pipeloom"  # nobody can import others
-        _spec = spec_from_loader(_name, SourceFileLoader(_name, _file))
+        _spec = util.spec_from_loader(_name, machinery.SourceFileLoader(_name, _file))
     _module: Any = sys.modules.get(_spec.name)  # its package may have imported it already
     if _module is None:
-        sys.modules[_spec.name] = _module = module_from_spec(_spec)
+        sys.modules[_spec.name] = _module = util.module_from_spec(_spec)
         if _spec.parent:
             setattr(sys.modules[_spec.parent], _spec.name.rpartition(".")[2], _module)
         exec(sys._getframe().f_code, vars(_module))
@@ -509,6 +508,7 @@ CURES = {
     "disk": "free some disk space, or check the disk",
     "open": "check that its directory is writable and the limit on open files high enough (ulimit -n)",
     "corrupt": "restore it from a backup or use another file",
+    "permit": "make that file writable for this user, or use another database",  # the -lock file
 }
 
 
@@ -680,10 +680,10 @@ class _RunLock:
         except sqlite3.Error as error:
             self.release()
             if _trouble(error) == "lock":
-                what = f"is in use by {_holder(db_path)}"
-                raise RunInProgress(db_path, what, "wait until it ends, or use another file") from None
-            permit = "make that file writable for this user, or use another database"
-            cure = permit if os.path.exists(self.path) else CURES["open"]
+                raise RunInProgress(
+                    db_path, f"is in use by {_holder(db_path)}", "wait until it ends, or use another file"
+                ) from None
+            cure = CURES["permit" if os.path.exists(self.path) else "open"]
             raise DatabaseError(db_path, f"cannot be locked through {self.path!r}: {error}", cure) from error
 
     @staticmethod
@@ -980,8 +980,9 @@ class _Store:
             time.sleep(0.05)
 
     def out_of_patience(self, error: BaseException, waited: float) -> WriterFailed:
-        what, cure = f"{error}, still after {waited:.1f} s", CURES[_trouble(error)]
-        return WriterFailed(self.shown, what, f"{cure}, then run again")
+        return WriterFailed(
+            self.shown, f"{error}, still after {waited:.1f} s", f"{CURES[_trouble(error)]}, then run again"
+        )
 
     def failure(self, error: BaseException, opening: bool) -> BaseException:
         """What the caller is told of an error that the writer cannot go on after."""
