@@ -533,13 +533,15 @@ def connect(db_path: object, *, wal: bool = True) -> sqlite3.Connection:
     return conn
 
 
-def _set_up(conn: sqlite3.Connection, path: str, wal: bool, tell: Callable[..., object]) -> None:
-    """Choose how it writes."""
+def _set_up(
+    conn: sqlite3.Connection, path: str, wal: bool, tell: Callable[..., object], level: str = "NORMAL"
+) -> None:
+    """Choose how it writes; `level` FULL waits for the disk."""
     wanted = "MEMORY" if path == ":memory:" else "WAL" if wal else "DELETE"
     got = conn.execute(f"PRAGMA journal_mode={wanted}").fetchone()[0]
     if got.upper() != wanted:
         tell(logging.WARNING, "database %r: journal mode is %s, as %s does not work here", path, got, wanted)
-    conn.execute("PRAGMA synchronous=NORMAL")
+    conn.execute(f"PRAGMA synchronous={level}")
     conn.execute("PRAGMA foreign_keys=ON")
 
 
@@ -913,7 +915,7 @@ class _Store:
         self.path = db_path if db_path == ":memory:" else os.path.abspath(db_path)  # for whoever leaves
         self.conn: _Guarded = None  # type: ignore[assignment]
         self.files: dict[str, os.stat_result] = {}  # the database and its lock, as they were opened
-        self._wal, self._durable, self._patience = wal, durable, patience
+        self._wal, self._level, self._patience = wal, "FULL" if durable else "NORMAL", patience
         self._hurried = hurried  # whether there is no time to wait for a lock or a disk
         self._tell = tell  # logs a line, without waiting
         self._defers = False  # somebody references task_runs, whose rows are written last
@@ -922,9 +924,7 @@ class _Store:
         """Open the database and prepare it in one transaction: what fails leaves nothing behind."""
         self.close()
         self.conn = sqlite3.connect(self.path, timeout=0.25, isolation_level=None, factory=_Guarded)
-        _set_up(self.conn, self.path, self._wal, self._tell)
-        if self._durable:
-            self.conn.execute("PRAGMA synchronous=FULL")
+        _set_up(self.conn, self.path, self._wal, self._tell, self._level)
         self.conn.set_authorizer(self._authorize)
         self._own("BEGIN IMMEDIATE /* first */")  # as a cached BEGIN knows nothing of what is attached now
         prepare()
