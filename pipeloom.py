@@ -587,9 +587,8 @@ def _missing_columns(conn: sqlite3.Connection, table: str) -> list[str]:
     if "id" in found and (found["id"][2].upper(), found["id"][5]) != ("INTEGER", 1):
         missing.insert(0, "id INTEGER PRIMARY KEY")
     if set(missing) - set(list(TABLES[table])[8:]):
-        path = next((row[2] for row in conn.execute("PRAGMA database_list") if row[1] == "main"), "")
         raise DatabaseError(
-            path,
+            conn.execute("PRAGMA database_list").fetchone()[2],  # main is the first
             f"has a table {table} that is not pipeloom's: it has no {', '.join(missing)}",
             "rename that table or use another file",
         )
