@@ -5431,12 +5431,10 @@ def _argument(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UsageError(f"--arg {text!r}: expected KEY=VALUE, as in --arg folder=incoming")
-    if value.lower() in ("true", "false"):
-        return key, value.lower() == "true"
     for kind in (int, float):
         with suppress(ValueError):
             return key, kind(value)
-    return key, value
+    return key, {"true": True, "false": False}.get(value.lower(), value)
 
 
 def _load_target(target: str) -> Any:
