@@ -4545,19 +4545,17 @@ def _declared(function: Any, each: Any, name: Any) -> _Declared:
 def _check_cycles(after: Mapping[_Declared, list[_Declared]]) -> list[_Declared]:
     """Raise UsageError if some task would wait for itself; returns all in an order in which they can run."""
     ordered: dict[_Declared, None] = {}
-    before = None
-    while before != len(ordered):  # mostly once: who comes after others is declared after them
-        before = len(ordered)
-        for declared, others in after.items():
-            if declared not in ordered and ordered.keys() >= set(others):
-                ordered[declared] = None
-    stuck = {declared.name: others for declared, others in after.items() if declared not in ordered}
-    if stuck:
-        walk = [min(stuck)]
-        while walk[-1] not in walk[:-1]:
-            walk.append(min(before.name for before in stuck[walk[-1]] if before.name in stuck))
-        cycle = " after ".join(walk[walk.index(walk[-1]) :])
-        raise UsageError(f"circular after=: {cycle}; remove one of them")
+    for first in after:
+        walk = [first]  # mostly no further: who comes after others is declared after them
+        while walk:
+            before = next((before for before in after[walk[-1]] if before not in ordered), None)
+            if before is None:
+                ordered[walk.pop()] = None
+            elif before in walk:
+                cycle = " after ".join(each.name for each in [*walk[walk.index(before) :], before])
+                raise UsageError(f"circular after=: {cycle}; remove one of them")
+            else:
+                walk.append(before)
     return list(ordered)
 
 
