@@ -4517,9 +4517,8 @@ def _is_again(old: Any, new: Any) -> bool:
     one, other = getattr(old, "__code__", None), getattr(new, "__code__", None)
     if one is other or one is None or other is None or "<lambda>" in new.__qualname__:
         return False  # such as a function that is made in a loop
-    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
-        return False
-    return bool(one.co_filename != other.co_filename or one.co_firstlineno == other.co_firstlineno)
+    is_same = (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+    return is_same and (one.co_filename != other.co_filename or one.co_firstlineno == other.co_firstlineno)
 
 
 def _declared(function: Any, each: Any, name: Any) -> _Declared:
