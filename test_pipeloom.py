@@ -7458,7 +7458,7 @@ class Started(SimpleNamespace):
 def status(db):
     store = pipeloom._Store(str(db), True, False, 1.0, lambda: False, print)
     status = pipeloom._Status(store, kept=True, shows=False)
-    store.open(lambda: status.open(None))
+    store.patiently(store.open, lambda: status.open(None))
 
     def commit(*steps, begun=()):
         def apply():
@@ -7469,7 +7469,7 @@ def status(db):
             status.write()
 
         status.begun += begun
-        store.transaction(apply)
+        store.patiently(store.commit, apply)
         status.committed()
         return rows(db, "SELECT status, attempts, started_at FROM task_runs")
 
