@@ -4822,45 +4822,45 @@ def _stdin_items(end: bytes) -> Iterator[str]:
 
 
 class _Scratch:
-    """Files without a name for what a command writes, two at a time. Workers' threads enter it; no lock.
+    """Files without a name for what a command writes. Workers' threads enter it; no lock.
 
     To make one may take long, as on some file systems where many were deleted of late. So where a command
     `reopens` them as its own, they are used again once nobody has them open any more.
     """
 
     def __init__(self) -> None:
-        self._spare: deque[list[int]] = deque()
+        self._spare: deque[int] = deque()
         self.reopens = False
-        with suppress(OSError), self.files() as (file, _):
+        with suppress(OSError), self.file() as file:
             os.close(os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_TRUNC))
             self.reopens = sys.platform == "linux"
 
     @contextmanager
-    def files(self) -> Iterator[list[int]]:
-        """Two files, as descriptors."""
-        files: list[int] = []
-        with suppress(IndexError):
-            files = self._spare.popleft()
-        if not all(map(_is_free, files)):
-            _close(files)
+    def file(self) -> Iterator[int]:
+        """An empty one, as a descriptor."""
+        file = self._take()
         try:
-            while len(files) < 2:  # one by one: if there is no second, the first is closed
-                files.append(_unnamed_file())
-            yield files
+            yield file
         finally:
-            if self.reopens and len(files) == 2:
-                self._spare.append(files)
+            if self.reopens:
+                self._spare.append(file)
             else:
-                _close(files)
+                os.close(file)
+
+    def _take(self) -> int:
+        from tempfile import TemporaryFile
+
+        with suppress(IndexError):
+            file = self._spare.popleft()
+            if _is_free(file):
+                return file
+            os.close(file)
+        with TemporaryFile() as new:  # which has no name from the start, or once it is closed, everywhere
+            return os.dup(new.fileno())
 
     def close(self) -> None:
         while self._spare:
-            _close(self._spare.popleft())
-
-
-def _close(files: list[int]) -> None:
-    while files:
-        os.close(files.pop())
+            os.close(self._spare.popleft())
 
 
 def _is_free(file: int) -> bool:
@@ -4876,14 +4876,6 @@ def _is_free(file: int) -> bool:
         fcntl(file, F_SETLEASE, F_UNLCK)
         return True
     return False
-
-
-def _unnamed_file() -> int:
-    """The descriptor of a new file that is gone once it is closed, everywhere."""
-    from tempfile import TemporaryFile
-
-    with TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 class _Shell:
@@ -4940,7 +4932,7 @@ class _Shell:
             if before is not None:  # the attempt before timed out, and is not gone yet
                 before.join(KILL_AFTER)
                 ctx.check()
-            with self._scratch.files() as (out, err):
+            with self._scratch.file() as out, self._scratch.file() as err:
                 return self._run(command, ctx, out, err)
         except (OSError, ValueError) as error:
             raise _told_error(f"cannot be started: {getattr(error, 'strerror', None) or error}") from None

@@ -7701,7 +7701,8 @@ def test_the_timer_does_everything_in_its_order_when_it_is_due_and_nothing_that_
 @pytest.mark.parametrize("command, is_used_again", [("exit", True), ("exec sleep 60 >/dev/null", False)])
 def test_files_are_used_again_only_if_no_process_has_them_open(command, is_used_again):
     with closing(pipeloom._Scratch()) as scratch, ExitStack() as ends:
-        with scratch.files() as files:
+        with scratch.file() as out, scratch.file() as err:
+            files = [out, err]
             process = subprocess.Popen(f"exec {pipeloom.REOPEN}; {command}", shell=True, stderr=files[1], stdout=files[0])
             before = inodes(files)
             for file in files:  # so that no new file is given its number
@@ -7712,8 +7713,8 @@ def test_files_are_used_again_only_if_no_process_has_them_open(command, is_used_
                 process.wait(WAIT)
             else:
                 wait_for(lambda: os.readlink(f"/proc/{process.pid}/exe").endswith("sleep"))
-        with scratch.files() as files:
-            assert (inodes(files) == before) is is_used_again
+        with scratch.file() as out, scratch.file() as err:
+            assert (sorted(inodes([out, err])) == sorted(before)) is is_used_again
 
 
 OPENS = """
@@ -7722,7 +7723,7 @@ def look():
     while not over:
         os.close(os.open(f"/proc/self/fd/{file}", os.O_RDONLY))
 over = []
-with pipeloom._Scratch().files() as (file, _):
+with pipeloom._Scratch().file() as file:
     thread = threading.Thread(target=look)
     thread.start()
     found = {pipeloom._is_free(file) for _ in range(300)}
@@ -7742,9 +7743,10 @@ def test_where_files_cannot_be_opened_once_more_none_is_used_again(monkeypatch):
     monkeypatch.setattr(os, "open", lambda path, *more: open_file(str(path).replace("/proc/", "/none/"), *more))
     with closing(pipeloom._Scratch()) as scratch:
         assert not scratch.reopens
-        with scratch.files() as files:
-            assert len(files) == 2
-        assert files == []  # they are closed
+        with scratch.file() as file:
+            os.fstat(file)
+        with pytest.raises(OSError):  # it is closed
+            os.fstat(file)
 
 
 # ---- Room: renderer functions --------------------------------------------------------------------------
