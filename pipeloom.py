@@ -4843,6 +4843,7 @@ class _Scratch:
             yield file
         finally:
             if self.reopens:
+                os.ftruncate(file, 0)
                 self._spare.append(file)
             else:
                 os.close(file)
@@ -4942,18 +4943,13 @@ class _Shell:
 
     def _run(self, command: _Command, ctx: _Attempt, out: int, err: int) -> str:
         code = self._wait(command, ctx, out, err)
-        sizes = [os.lseek(file, 0, os.SEEK_END) for file in (out, err)]
-        try:
-            if any(sizes):
-                self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
-            if code == 0:
-                return _end_of(out, sizes[0])
-            ctx.check()  # if that has ended it, it is cancelled, and not an error
-            last = _end_of(err, sizes[1]).strip().rpartition("\n")[2]
-            raise _told_error(f"{self._how(code)}: {last}" if last else self._how(code), self._how(code))
-        finally:
-            for file in compress((out, err), sizes):
-                os.ftruncate(file, 0)
+        if any(os.lseek(file, 0, os.SEEK_END) for file in (out, err)):
+            self._print(command, out if code == 0 or not ctx.may_retry() else None, err)
+        if code == 0:
+            return _end_of(out)
+        ctx.check()  # if that has ended it, it is cancelled, and not an error
+        last = _end_of(err).strip().rpartition("\n")[2]
+        raise _told_error(f"{self._how(code)}: {last}" if last else self._how(code), self._how(code))
 
     def _wait(self, command: _Command, ctx: _Attempt, out: int, err: int) -> int:
         from subprocess import Popen
@@ -5025,10 +5021,9 @@ def _copy(file: int, stream: Any, tag: bytes) -> None:
                 sink.writelines(lines())
 
 
-def _end_of(file: int, size: int) -> str:
+def _end_of(file: int) -> str:
     """The last of what a file holds."""
-    if not size:
-        return ""
+    size = os.lseek(file, 0, os.SEEK_END)
     os.lseek(file, max(size - BLOCK, 0), os.SEEK_SET)
     return os.read(file, BLOCK).decode(errors="backslashreplace").rstrip("\n")
 
