@@ -5400,14 +5400,8 @@ def _cmd_run(args: Any) -> int:
         function = _load_target(args.target)
     finally:
         _setup_logging_of(args)  # after the program's own, which may configure it
-    if not isinstance(function, Pipeline):
-        _check_function(args.target, function, **arguments)
-        return _Session(args).call(partial(function, **arguments))
-    if arguments:
-        raise UsageError(
-            f"--arg: {args.target} is a Pipeline, which takes no arguments; pass a function instead"
-        )
-    return _Session(args).call(function.run)
+    _check_function(args.target, function, **arguments)
+    return _Session(args).call(partial(function, **arguments))
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -5422,7 +5416,7 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def _load_target(target: str) -> Any:
-    """The function that TARGET names."""
+    """The function that TARGET names; of a Pipeline, its run()."""
     place, _, name = target.rpartition(":") if not target.endswith(".py") else (target, "", "")
     what, is_file = f"target {target!r}", place.endswith(".py")
     if not place or not (name or is_file):
@@ -5440,21 +5434,22 @@ def _load_target(target: str) -> Any:
         ) from error
     finally:
         _Session.importing = False
-    pipelines = [value for value in vars(found).values() if isinstance(value, Pipeline)]
-    if not name and getattr(found, "main", main) is main and pipelines:  # which `import *` brings
-        if len(pipelines) > 1:
-            raise UsageError(f"{what} has {len(pipelines)} pipelines; name one, as {place}:name")
-        return pipelines[0]
-    name = name or "main"
+    pipelines = {known: value for known, value in vars(found).items() if isinstance(value, Pipeline)}
     try:
-        found = attrgetter(name)(found)
+        meant = attrgetter(name or "main")(found)
     except AttributeError:
-        found = main
-    if found is main:  # it has none, but for what `import *` brings
-        raise UsageError(f"{what}: {place!r} has no {name!r}; name a function of it, as {place}:name")
-    if not callable(found) and not isinstance(found, Pipeline):
-        raise UsageError(f"{what} is {found!r}, which cannot be called; pass a function or a Pipeline")
-    return found
+        meant = main
+    if meant is main and not name and len(pipelines) == 1:  # none of its own: `import *` brings ours
+        (meant,) = pipelines.values()
+    if isinstance(meant, Pipeline):
+        meant = meant.run
+    if meant is main or not callable(meant):
+        known = " or ".join(f"{place}:{known}" for known in list(pipelines)[:3] or ["name"])
+        raise UsageError(
+            f"{what}: {place!r} has no function or pipeline {name or 'main'!r}; name one that it has"
+            f", as {known}"
+        )
+    return meant
 
 
 def _import_target(place: str) -> Any:
