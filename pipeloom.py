@@ -5233,7 +5233,6 @@ def _execute(parser: Any, argv: list[str] | None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show
     args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
     with _signals_taken():
         try:
             if not hasattr(args, "target"):
@@ -5538,7 +5537,7 @@ class _Session:
         resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
             reads = len(getattr(self.args, "words", (0, 0))) < 2  # its items on stdin
-            command = SAME_COMMAND if reads else _command_to_resume(self.args.argv, self.is_cut_short)
+            command = SAME_COMMAND if reads else _command_to_resume(self.is_cut_short)
             _say(f"to go on: {command}")
         return 0 if ok else 1
 
@@ -5622,18 +5621,17 @@ def _this_program() -> list[str]:
     return [python, program]
 
 
-def _command_to_resume(given: list[str], redo_again: bool) -> str:
-    """The command line again; its first words may be the program's own, which main(argv) did not get."""
+def _command_to_resume(redo_again: bool) -> str:
+    """The command line again. Its first words may be the program's own, which pipe.main(argv) does not get."""
     from shlex import join
 
-    at = 1 if given[:1] in (["run"], ["demo"], ["sh"]) else 0
-    redo = [n for n, word in enumerate(given) if word.partition("=")[0] == "--redo" and not redo_again]
-    redo += [n + 1 for n in redo if given[n] == "--redo"]
-    argv = [word for n, word in enumerate(given) if n not in redo]
+    redo = [n for n, word in enumerate(sys.argv) if word.partition("=")[0] == "--redo" and not redo_again]
+    redo += [n + 1 for n in redo if sys.argv[n] == "--redo"]
+    argv = [word for n, word in enumerate(sys.argv) if n > 0 and n not in redo]
+    at = 1 if argv[:1] in (["run"], ["demo"], ["sh"]) else len(argv)
+    argv[at:at] = ["--resume"] * ("--resume" not in argv)
     folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
-    own = sys.argv[1 : len(sys.argv) - len(given)] if sys.argv[len(sys.argv) - len(given) :] == given else []
-    again = [*own, *argv[:at], *["--resume"] * ("--resume" not in argv), *argv[at:]]
-    command = join([*_this_program(), *again])
+    command = join([*_this_program(), *argv])
     return folder + command if len(command) < 1_000 and command.isprintable() else SAME_COMMAND
 
 

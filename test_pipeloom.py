@@ -6910,7 +6910,7 @@ def test_what_was_not_redone_stays_in_the_command_that_goes_on(home):
     python("job.py", cwd=home, code=0)
     (home / "repaired").unlink()
     done = python("job.py", "--redo", "load", "--fail-fast", cwd=home, code=1)
-    assert done.stderr.endswith("job.py --resume --redo load --fail-fast\n")
+    assert done.stderr.endswith("job.py --redo load --fail-fast --resume\n")
 
 
 def test_a_dry_run_knows_of_what_an_item_that_has_gone_has_done(db, capsys, same_logging):
@@ -6941,7 +6941,7 @@ def test_the_command_that_resumes_has_the_programs_own_arguments(home):
     program = THREE_TASKS.replace("ctx.sleep(0.1)", "1 / (item - 2)").replace("pipe.main()", "import sys; pipe.main(sys.argv[2:])")
     (home / "own.py").write_text(program)
     err = python("own.py", "folder", "-w", 2, cwd=home, code=1).stderr
-    assert err.endswith("own.py folder --resume -w 2\n"), err
+    assert err.endswith("own.py folder -w 2 --resume\n"), err
     assert python("own.py", "folder", cwd=home, code=1).stderr.endswith("own.py folder --resume\n")
 
 
