@@ -4316,8 +4316,6 @@ def run_pipeline(
     """
     if _is_path(tasks) and not _is_path(db_path):
         tasks, db_path = db_path, tasks
-    if not _is_path(db_path):
-        raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in run_pipeline(tasks, 'jobs.db')")
     if _is_path(tasks) or not hasattr(tasks, "__iter__"):
         raise UsageTypeError(
             f"tasks={tasks!r}: expected an iterable of tasks, as in run_pipeline([1, 2], 'jobs.db')"
@@ -4329,7 +4327,7 @@ def run_pipeline(
     _check_function("worker_fn", worker_fn, "task", "context")
     declared = _Declared("", worker_fn, _call_with_task, tasks)
     _check_ids(declared)
-    return _run({declared: []}, os.fsdecode(db_path), options)
+    return _run({declared: []}, _path_of(db_path, "run_pipeline(tasks, 'jobs.db')"), options)
 
 
 def _run(after: dict[_Declared, list[_Declared]], path: str, options: Mapping[str, Any]) -> RunResult:
@@ -4355,6 +4353,12 @@ def _check_function(what: str, function: Any, /, *arguments: str, **named: Any) 
 
 def _is_path(value: object) -> bool:
     return isinstance(value, (str, bytes, os.PathLike))
+
+
+def _path_of(value: Any, example: str) -> str:
+    if not _is_path(value):
+        raise UsageTypeError(f"db_path={value!r}: expected a path, as in {example}")
+    return os.fsdecode(value)
 
 
 def _check_ids(declared: _Declared) -> None:
@@ -4395,10 +4399,8 @@ class Pipeline:
     """
 
     def __init__(self, db_path: Any = "./pipeloom.db", **options: Unpack[RunOptions]) -> None:
-        if not _is_path(db_path):
-            raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in Pipeline('jobs.db')")
         _check_options("Pipeline", options)
-        self.db_path = os.fsdecode(db_path)
+        self.db_path = _path_of(db_path, "Pipeline('jobs.db')")
         self._options = options
         self._declared: dict[str, _Declared] = {}
         self._handlers: dict[type, Handler] = {}
@@ -4469,11 +4471,13 @@ class Pipeline:
 
         `db_path` is another database for this run.
         """
-        if not (db_path is None or _is_path(db_path)):
-            raise UsageTypeError(f"db_path={db_path!r}: expected a path, as in pipe.run('jobs.db')")
         options = {**self._options, **options}
         options["handlers"] = {**(options.get("handlers") or {}), **self._handlers}
-        return _run(self._graph(), os.fsdecode(self.db_path if db_path is None else db_path), options)
+        return _run(
+            self._graph(),
+            _path_of(self.db_path if db_path is None else db_path, "pipe.run('jobs.db')"),
+            options,
+        )
 
     def main(self, argv: list[str] | None = None) -> NoReturn:
         """Run with the options of the command line's `run`, print a summary and exit with its code."""
