@@ -4497,21 +4497,19 @@ class Pipeline:
         """What each declaration comes after."""
         if not self._declared:
             raise UsageError("the pipeline has no task; declare one with @pipe.task")
-        meant: dict[Any, list[_Declared]] = {}  # by an entry of after=; a function may be there twice
+        after: dict[_Declared, list[_Declared]] = {}
         for declared in self._declared.values():
-            meant.setdefault(declared.name, []).append(declared)
-            meant.setdefault(declared.function, []).append(declared)
-        after = {}
-        for declared in self._declared.values():
-            for what in declared.after:
-                if not (isinstance(what, str) or callable(what)) or what not in meant:
+            after[declared] = []
+            for what in declared.after:  # a function may be there twice, under two names
+                meant = [other for other in self._declared.values() if what in (other.name, other.function)]
+                if not meant:
                     shown = what if isinstance(what, str) else getattr(what, "__name__", what)
                     known = ", ".join(list(self._declared)[:10]) + " and more" * (len(self._declared) > 10)
                     raise UsageError(
                         f"after={shown!r} of task {declared.name!r}: expected a task of this pipeline, which"
                         f" has {known}; declare it, or correct the name"
                     )
-            after[declared] = list(dict.fromkeys(named for what in declared.after for named in meant[what]))
+                after[declared] += meant
         _check_cycles(after)
         return after
 
