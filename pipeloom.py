@@ -5112,17 +5112,7 @@ def _keep(patience: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 75 in use, 130 Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    if not argv:
-        parser.error(f"expected a command; to see it work: {parser.prog} demo")
-    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(argv[0], COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(COMMANDS)}"
-        parser.error(f"there is no command {argv[0]!r}: {hint}")
-    return _execute(parser, argv)
+    return _execute(_parser(), argv)
 
 
 SAME_COMMAND = "the same command with --resume"
