@@ -5472,8 +5472,7 @@ class _Session:
         if args.quiet:
             self.options.setdefault("progress", "none")
         self.args = args
-        self.runs: list[tuple[str, RunResult]] = []
-        self.is_cut_short = False  # one of them is
+        self.runs: list[tuple[str, RunResult, bool]] = []  # the database; whether it was cut short
 
     def call(self, function: Callable[[], object]) -> int:
         """Call what starts the runs; returns the exit code."""
@@ -5517,19 +5516,18 @@ class _Session:
                 return run.execute()
             finally:
                 if run.intake is not None:  # else it never began
-                    self.runs.append((path, run.result()))
-                    self.is_cut_short = self.is_cut_short or run.graph.is_cut_short()
+                    self.runs.append((path, run.result(), run.graph.is_cut_short()))
 
     def report(self, ended: bool = True) -> int:
         """Print the summary of each run to stderr; returns the exit code."""
-        for path, result in self.runs:
+        for path, result, _ in self.runs:
             if not (self.args.quiet and result.ok):
                 _say(_summary(path, result))
-        ok = all(result.ok for _, result in self.runs)
-        resumable = any(result.run_id is not None and path != ":memory:" for path, result in self.runs)
+        ok = all(result.ok for _, result, _ in self.runs)
+        resumable = any(result.run_id is not None and path != ":memory:" for path, result, _ in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
             reads = len(getattr(self.args, "words", (0, 0))) < 2  # its items on stdin
-            command = SAME_COMMAND if reads else _command_to_resume(self.is_cut_short)
+            command = SAME_COMMAND if reads else _command_to_resume(any(cut for *_, cut in self.runs))
             _say(f"to go on: {command}")
         return 0 if ok else 1
 
