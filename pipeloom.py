@@ -5522,7 +5522,7 @@ class _Session:
         """Print the summary of each run to stderr; returns the exit code."""
         for path, result, _ in self.runs:
             if not (self.args.quiet and result.ok):
-                _say(_summary(path, result))
+                _say("\n".join(_summary(path, result)))
         ok = all(result.ok for _, result, _ in self.runs)
         resumable = any(result.run_id is not None and path != ":memory:" for path, result, _ in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
@@ -5651,20 +5651,19 @@ def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -
                 newest[declared] = max(newest[declared], done_in)
 
 
-def _summary(path: str, result: RunResult) -> str:
-    lines = [f"{_in_words(result)} in {result.elapsed:.1f} s; database {path}"]
+def _summary(path: str, result: RunResult) -> Iterator[str]:
+    yield f"{_in_words(result)} in {result.elapsed:.1f} s; database {path}"
     causes = sorted(result.causes.items(), key=lambda item: -item[1])
     if causes:
-        lines.append(f"{result.error:,} failed, {len(causes):,} cause{'s' * (len(causes) != 1)}:")
+        yield f"{result.error:,} failed, {len(causes):,} cause{'s' * (len(causes) != 1)}:"
     for cause, number in causes[:10]:
         failure = next(failure for failure in result.failures if failure.cause == cause)
         name, message = _clean(failure.task), _cut(failure.message, 300)
         more = f" and {number - 1:,} more" if number > 1 else ""
         place = re.search(r" at (\S+:\d+, in \S+?)(?:: .*)?$", cause, re.DOTALL)
-        lines.append(f"  {name}{more}: {message}{f' ({place[1]})' if place else ''}")
+        yield f"  {name}{more}: {message}{f' ({place[1]})' if place else ''}"
     if causes[10:]:
-        lines.append(f"  and {len(causes) - 10:,} more causes")
-    return "\n".join(lines)
+        yield f"  and {len(causes) - 10:,} more causes"
 
 
 def _cmd_sh(args: Any) -> int:
