@@ -5612,7 +5612,7 @@ def _this_program() -> list[str]:
 
 
 def _command_to_resume(redo_again: bool) -> str:
-    """The command line again. Its first words may be the program's own, which pipe.main(argv) does not get."""
+    """The command line again; its first words may be the program's own, and not for pipe.main(argv)."""
     from shlex import join
 
     redo = [n for n, word in enumerate(sys.argv) if word.partition("=")[0] == "--redo" and not redo_again]
