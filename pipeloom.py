@@ -5426,10 +5426,7 @@ def _load_target(target: str) -> Any:
     finally:
         _Session.importing = False
     pipelines = {known: value for known, value in vars(found).items() if isinstance(value, Pipeline)}
-    try:
-        meant = attrgetter(name or "main")(found)
-    except AttributeError:
-        meant = main
+    meant = getattr(found, name or "main", main)
     if meant is main and not name and len(pipelines) == 1:  # none of its own: `import *` brings ours
         (meant,) = pipelines.values()
     if isinstance(meant, Pipeline):

@@ -735,7 +735,6 @@ def main(count=2, bad=False, name="x"):
     tasks = [f"{{name}}-{{i}}" for i in range(count)] + ["bad"] * bad
     pipeloom.run_pipeline(tasks, "own.db", worker_fn=work, schema="CREATE TABLE IF NOT EXISTS t(x)", handlers={{Row: store}})
 def broken(): import no_such_module
-class Group: inner = staticmethod(main)
 number = 3
 """
 
@@ -6076,10 +6075,9 @@ def test_the_command_line_of_the_original_works(home):
     "start, target",
     [
         ("-m pipeloom", "job.py"),
-        ("-m pipeloom", "job.py:Group.inner"),
         ("pipeloom.py", "job:main"),
         ("-m repo.vendor.pipeloom", "job.py:main"),
-        ("-m repo.vendor.pipeloom", "job:Group.inner"),
+        ("-m repo.vendor.pipeloom", "job:main"),
         ("repo/vendor/pipeloom.py", "job.py"),
         ("repo/vendor/pipeloom.py", "job:main"),  # which is not beside pipeloom.py
         ("pipeloom", "job.py:main"),  # a copy in some folder of programs
