@@ -472,7 +472,7 @@ NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile inclu
 )
 # The last run that was to do all tasks, without resume, and did not come to the last one.
 CUT_SHORT = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE skipped IS NULL"
-LAST_TASK = "SELECT id, run_id FROM task_runs ORDER BY id DESC LIMIT 1"
+LAST_ID = "SELECT coalesce(max(id), ?) FROM task_runs"
 FIND_RESULT = "SELECT result FROM task_runs WHERE name = ? ORDER BY id LIMIT 1"
 FORGET = "DELETE FROM task_runs WHERE name = ? AND status = 'cancelled'"
 START_RUN = (
@@ -1060,7 +1060,7 @@ class _Status:
         if not self.kept:
             return
         execute = self._store.conn.execute
-        self.last_id = execute("SELECT coalesce(max(id), ?) FROM task_runs", (NEVER,)).fetchone()[0]
+        self.last_id = execute(LAST_ID, (NEVER,)).fetchone()[0]
         if run is None:
             return
         if self.last_id > NEVER and any(stage.declared.by_name for stage in run.graph.stages):
@@ -5626,8 +5626,7 @@ def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -
     """The names of the tasks that a run would start."""
     if run.options["resume"]:
         with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # else no run has been there
-            for last_id, _ in conn.execute(LAST_TASK):
-                run.writer.status.last_id = last_id
+            run.writer.status.last_id = conn.execute(LAST_ID, (NEVER,)).fetchone()[0]
     newest: dict[_Declared, int] = {}  # the last run that did a task of it
     redo = set(run.options["redo"])
     with closing(_Roster(run)) as roster:
