@@ -4922,8 +4922,7 @@ class _Shell:
     def __exit__(self, *_: object) -> None:
         self._tell("over", 0)  # it ends what is left, and then itself, unless somebody has stopped it
         until = time.monotonic() + GRACE
-        self._keeper_thread.join(GRACE)
-        for thread in list(self._busy.values()):  # prints what its command has written
+        for thread in [self._keeper_thread, *self._busy.values()]:  # which print what their commands wrote
             thread.join(max(until - time.monotonic(), 0.0))
         self._scratch.close()
 
