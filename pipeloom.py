@@ -5665,13 +5665,15 @@ def _cmd_sh(args: Any) -> int:
     template, *items = args.words[args.words[:1] == ["--"] :] or [None]
     if not items and sys.stdin is None:
         raise UsageError("stdin is closed; pass items as arguments, or one a line on stdin")
-    commands: Any = _commands(template, items or _stdin_items(b"\0" if args.null else b"\n"))
-    if items:
-        commands = list(commands)  # their number is known
-    delay = KILL_AFTER + 0.5  # when the attempt before is gone
+    commands = _commands(template, items or _stdin_items(b"\0" if args.null else b"\n"))
     with _Shell(args.quiet_output, args.tag) as shell:
         return _Session(args).call(
-            lambda: run_pipeline(commands, args.db, worker_fn=shell.run, retry_delay=delay)
+            lambda: run_pipeline(
+                list(commands) if items else commands,  # of a list the number is known
+                args.db,
+                worker_fn=shell.run,
+                retry_delay=KILL_AFTER + 0.5,  # when the attempt before is gone
+            )
         )
 
 
