@@ -5376,10 +5376,13 @@ def _pipeline_parser(pipe: Pipeline) -> Any:
 def _cmd_demo(args: Any) -> int:
     ids = range(1, args.num_tasks + 1)
     tasks = [Task(id, f"task-{id}" + "!" * (id <= args.fail), steps=10 + 7 * id % 21) for id in ids]
-    workers = min(args.num_tasks, 8)  # they sleep: more of them than CPUs is right
     return _Session(args).call(
         lambda: run_pipeline(
-            tasks, args.db, worker_fn=demo_worker, workers=workers, wal=not args.no_wal
+            tasks,
+            args.db,
+            worker_fn=demo_worker,
+            workers=min(args.num_tasks, 8),  # they sleep: more of them than CPUs is right
+            wal=not args.no_wal,
         )
     )
 
