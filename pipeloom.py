@@ -4851,13 +4851,13 @@ class _Scratch:
                 os.close(file)
 
     def _take(self) -> int:
-        from tempfile import TemporaryFile
-
         with suppress(IndexError):
             file = self._spare.popleft()
             if _is_free(file):
                 return file
             os.close(file)
+        from tempfile import TemporaryFile
+
         with TemporaryFile() as new:  # which has no name from the start, or once it is closed, everywhere
             return os.dup(new.fileno())
 
