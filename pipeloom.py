@@ -5111,7 +5111,10 @@ def _keep(patience: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed tasks, 2 wrong use, 75 in use, 130 Ctrl-C."""
-    return _execute(_parser(), argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.error(f"expected a command; to see it work: {parser.prog} demo")
+    return _execute(parser, argv)
 
 
 SAME_COMMAND = "the same command with --resume"
