@@ -63,6 +63,7 @@ import sys
 import threading
 import time
 import traceback  # which logging imports anyway, as dataclasses does inspect
+from bisect import bisect_right
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -1911,6 +1912,7 @@ def _rate(per_second: float) -> str:
     return f"{per_second * size:,.{1 if per_second < 100 else 0}f}/{unit}"
 
 
+@lru_cache(4_096)
 def _cells(char: str) -> int:
     """How many terminal cells a character takes."""
     if east_asian_width(char) in "WF":
@@ -1932,10 +1934,7 @@ def _clean(text: str) -> str:
 
 def _head(text: str, width: int) -> str:
     """What of a clean text fits into so many cells."""
-    if len(text) * (1 if text.isascii() else 2) <= width:
-        return text
-    ends = accumulate(map(_cells, text))
-    return "".join(char for char, end in zip(text, ends) if end <= width)
+    return text[: bisect_right(list(accumulate(map(_cells, text))), width)]
 
 
 def _cut(text: str, width: int, dots: str = "", part: float = 0.5) -> str:
