@@ -1926,8 +1926,6 @@ def _width(text: str) -> int:
 
 def _clean(text: str) -> str:
     """Without control characters, and those that join or tint others: terminals disagree how wide that is."""
-    if text.isascii() and text.isprintable():
-        return text
     text = re.sub("[\u200d\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]", "", text)
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
