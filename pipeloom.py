@@ -1710,9 +1710,13 @@ class _Display:
 
 def _in_words(result: RunResult) -> str:
     """The counts of a run; "done" are those that did not fail."""
-    rest = {"skipped": result.skipped, "failed": result.error, "cancelled": result.cancelled}
-    parts = (f"{number:,} {word}" for word, number in rest.items() if number)
-    return ", ".join([f"{result.done:,} done", *parts])
+    told = {
+        "done": result.done,
+        "skipped": result.skipped,
+        "failed": result.error,
+        "cancelled": result.cancelled,
+    }
+    return ", ".join(f"{number:,} {word}" for word, number in told.items() if number or word == "done")
 
 
 # Our own displays
@@ -1768,9 +1772,6 @@ class _Board(Progress):
         self.running, self.waiting = {}, set()
         self.counts = {status: getattr(result, status) for status in self.counts}
 
-    def ended(self) -> int:
-        return sum(self.counts[status] for status in FINAL)
-
     def work(self) -> float:
         """How many tasks' work is behind us, parts of running ones included."""
         ran = self.counts[DONE] + self.counts[ERROR]
@@ -1778,11 +1779,12 @@ class _Board(Progress):
 
     def eta(self, elapsed: float) -> float | None:
         """Seconds to the end, or None where that would be a guess."""
-        bars, rest = list(self.running.copy().values()), (self.total or 0) - self.ended()
+        bars, ended = list(self.running.copy().values()), sum(self.counts[status] for status in FINAL)
+        rest = (self.total or 0) - ended
         if self.waiting and not bars:
             return None
         if rest > len(bars) + len(self.waiting) and elapsed >= 1:  # some have not begun: by the rate so far
-            return elapsed / self.ended() * rest if self.ended() else None
+            return elapsed / ended * rest if ended else None
         if rest <= 0 or elapsed < 1 or self.waiting or not all(bar.fraction() for bar in bars):
             return None
         now = time.monotonic()  # the last ones run, and the slowest of them ends last
