@@ -1966,7 +1966,7 @@ class _Style:
     def bar(self, fraction: float, width: int) -> str:
         """A bar of exactly `width` cells."""
         halves = int(fraction * width * 2)
-        if self._rich:
+        if self._rich and self.half:  # where the stream is of ASCII Rich raises
             return _rich_bar(halves, width)
         left = self.full * (halves // 2) + self.half * (halves % 2)
         empty = "." if not self.half else self.full if self.colour else " "
@@ -2239,8 +2239,7 @@ def _best_display() -> str:
         return "log"
     if os.name == "nt":
         os.system("")  # makes the Windows console understand escape sequences
-    boxes = _Style(sys.stderr).full == "━"  # without them Rich raises where our bars use ASCII
-    return "rich" if boxes and _rich_console() is not None else "ansi"
+    return "rich" if _rich_console() is not None else "ansi"
 
 
 # The two progress managers of the original, for those who draw bars of their own.
