@@ -2079,11 +2079,9 @@ class _Screen:
 
     def _work(self) -> None:
         try:
-            while not self._over.wait(FRAME):
+            while not (self._over.wait(FRAME) and _takes(self.stream, FRAME)):
                 if _takes(self.stream):
                     self._draw()
-            while not _takes(self.stream):
-                time.sleep(FRAME)
             self._draw()
         except Exception as error:  # a closed pipe, a terminal gone: the run goes on without bars
             logger.debug("the bars are off: %s", _describe(error))
