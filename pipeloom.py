@@ -2027,25 +2027,23 @@ class _Screen:
     current: _Screen | None = None
     _door = threading.Lock()  # guards `current`; held while the old screen ends, as two must not draw
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self) -> None:
         self.stream = sys.stderr
-        self.sources = [source]  # each has lines(width, room), and kept(width) for its end
+        self.sources: list[Any] = []  # each has lines(width, room), and kept(width) for its end
         self._drawn = (0, 0)  # how many lines stand there now, and how wide they are
         self._lock = threading.RLock()  # a finalizer that prints may come where it is held
         self._backlog: list[tuple[Any, str]] = []
         self._draws = True  # else who has lines writes them; under the lock
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="pipeloom-screen", daemon=True)
-        streams = {id(stream): stream for stream in (sys.stdout, sys.stderr)}.values()
         self._thread.start()
-        self._taken = [_Above(stream, self) for stream in streams if _is_terminal(stream)]
+        self._taken = [_Above(stream, self) for stream in (sys.stdout, sys.stderr) if _is_terminal(stream)]
 
     @classmethod
     def show(cls, source: Any) -> None:
         with cls._door:
-            if cls.current is None:
-                cls.current = cls(source)
-            elif source not in cls.current.sources:
+            cls.current = cls.current or cls()
+            if source not in cls.current.sources:
                 cls.current.sources.append(source)
 
     @classmethod
