@@ -2054,8 +2054,7 @@ class _Screen:
             if screen is None or source not in screen.sources:
                 return
             lines = source.kept(_terminal_size(screen.stream)[0])
-            with suppress(OSError, ValueError):  # the terminal is gone
-                screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line in lines), source)
+            screen.above(screen.stream, "".join(f"{line.rstrip()}\n" for line in lines), source)
             if not screen.sources:
                 cls.current = None
                 screen._over.set()
@@ -2090,8 +2089,7 @@ class _Screen:
 
     def _give_back(self) -> None:
         for above in self._taken:
-            with suppress(OSError, ValueError):  # half a line is left, for a terminal that is gone
-                above.leave()
+            above.leave()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
@@ -2114,7 +2112,8 @@ class _Screen:
     def _write_backlog(self) -> None:
         with self._lock:
             backlog, self._backlog = self._backlog, []
-        self._write(backlog)
+        with suppress(OSError, ValueError):  # the terminal is gone
+            self._write(backlog)
 
     def _write(self, pieces: list[tuple[Any, str]]) -> None:
         """In as few writes as possible: a frame is never seen half."""
