@@ -1814,16 +1814,12 @@ class _LogLines(_Board):
     display thread alone.
     """
 
-    _due = threading.TIMEOUT_MAX  # until it starts
-
-    def start(self, total: int | None) -> None:
-        super().start(total)
-        self._every = LOG_EVERY / 5 if type(sys.stderr).__module__.startswith("ipykernel") else LOG_EVERY
-        self._due = self.began + self._every
+    _told = 0.0  # when, by time.monotonic()
 
     def tick(self) -> None:  # once a second, or more often
-        if time.monotonic() >= self._due and _takes(sys.stderr):
-            self._due = time.monotonic() + self._every
+        every = LOG_EVERY / 5 if type(sys.stderr).__module__.startswith("ipykernel") else LOG_EVERY
+        if time.monotonic() >= max(self._told, self.began) + every and _takes(sys.stderr):
+            self._told = time.monotonic()
             self._write(f"{len(self.running):,} running")
 
     def stop(self, result: Any) -> None:
