@@ -1662,10 +1662,7 @@ class _Display:
             self._ending.wait(FRAME)
             self._step()
         self._step()
-        until = time.monotonic() + self.PATIENCE / 2
-        while self._records and time.monotonic() < until:
-            time.sleep(FRAME)
-            self._log()
+        self._log(self.PATIENCE / 2)
 
     def _step(self) -> None:
         self._log()
@@ -1683,12 +1680,12 @@ class _Display:
             self._switch_off(_describe(error))
         self._calls_user = False
 
-    def _log(self) -> None:
+    def _log(self, patience: float = 0.0) -> None:
         """Emit the records, unless that would block: a thread that hangs in a handler keeps its lock, for
-        which logging.shutdown() then waits for ever.
+        which logging.shutdown() then waits for ever. `patience` is for a pipe that is full.
         """
         with suppress(BaseException):  # of a handler; or there is none left, as stop() emits them as well
-            while self._records and (_Screen.current is not None or _takes(sys.stderr)):
+            while self._records and (_Screen.current is not None or _takes(sys.stderr, patience)):
                 level, event, text, args = self._records.popleft()
                 if logger.isEnabledFor(level):
                     record = logger.makeRecord(
