@@ -1581,13 +1581,13 @@ class _Display:
     """
 
     PATIENCE = 5.0  # seconds, at the end; half of them for a pipe that nobody reads
-    BACKLOG = 100_000  # messages, and log records, that may wait
+    BACKLOG = 100_000  # messages, and log records, that may wait; of the records the last
 
     def __init__(self, progress: Any) -> None:
         self._shown = _display_of(progress)
         self._board = self._shown if isinstance(self._shown, _Board) else None
         self._messages: deque[Any] = deque()
-        self._records: deque[tuple[Any, ...]] = deque()  # level, event, text and its arguments
+        self._records: deque[tuple[Any, ...]] = deque(maxlen=self.BACKLOG)  # level, event, text, arguments
         self._calls_user = False  # else, if the thread hangs, it does so in a handler, perhaps with its lock
         self._ending = _Bell()
         self._is_over = False
@@ -1620,16 +1620,16 @@ class _Display:
 
     def tell(self, level: int, text: str, *args: object, event: str = "") -> None:
         """Have this logged by the display thread, soon; `text` and `args` as for logger.log()."""
-        if len(self._records) < self.BACKLOG:
-            self._records.append((level, event, text, args))
+        self._records.append((level, event, text, args))
 
     def failed(self, name: str, message: str, place: str, number: int) -> None:
         """Say that a task has failed, at that line of the user's; it is the `number`th of its cause."""
         more = " [more failures like this one will only be counted]" * (number == FAILURES_TOLD)
         where = f" ({place}){more}" if place else more
         if number <= FAILURES_TOLD:
-            message = _cut(message, 300)
-            self.tell(logging.ERROR, "%s failed: %s%s", _clean(name), message, where, event="failed")
+            self.tell(
+                logging.ERROR, "%s failed: %s%s", _clean(name), _cut(message, 300), where, event="failed"
+            )
 
     def stop(self, result: Any) -> None:
         """Show the end, and emit what is left; after PATIENCE the rest is left behind."""
