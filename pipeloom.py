@@ -2343,11 +2343,10 @@ class _TaskBars(Progress):
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what sys.stderr is at that moment: while bars are up, that puts lines above them."""
 
-    stream = property(lambda _: sys.stderr, lambda *_: None)
+    stream = property(lambda _: sys.stderr)
 
     def __init__(self, level: int = logging.WARNING) -> None:
-        super().__init__()
-        self.setLevel(level)
+        logging.Handler.__init__(self, level)  # past what sets `stream`
         self.addFilter(lambda record: getattr(record, "event", "") != "summary")  # said on stderr already
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s", "%H:%M:%S"))
 
@@ -2355,12 +2354,11 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         text = super().format(record)
         if getattr(record, "event", "") != "failed" or not _is_terminal(self.stream):
             return text
-        style, (name, message, where) = _Style(self.stream), map(str, record.args or ())
-        head = text[: text.rindex(f"{name} failed: ")]
+        style, (name, message, _) = _Style(self.stream), map(str, record.args or ())
         room = _terminal_size(self.stream)[0] - 1 - _width(text) + _width(name) + _width(message)
-        name = _cut(name, max(room - _width(message), 18), style.dots)  # which gives way first
-        message = _cut(message, max(room - _width(name), 24), style.dots, part=0.0)
-        return style.paint("31", f"{head}{name} failed: {message}{where}")
+        short = _cut(name, max(room - _width(message), 18), style.dots)  # which gives way first
+        said = _cut(message, max(room - _width(short), 24), style.dots, part=0.0)
+        return style.paint("31", text.replace(f"{name} failed: {message}", f"{short} failed: {said}"))
 
 
 class _LogFile(logging.FileHandler):
