@@ -2046,7 +2046,8 @@ class _Screen:
                 cls.current = None
                 screen._over.set()
                 screen._thread.join(cls.PATIENCE)
-                screen._give_back()
+                for above in screen._taken:
+                    above.leave()
 
     def above(self, stream: Any, text: str, leaves: Any = None) -> None:
         """Have whole lines written to `stream`, above the block. Any thread may call it, and one of a task
@@ -2071,12 +2072,7 @@ class _Screen:
             logger.debug("the bars are off: %s", _describe(error))
         with self._lock:  # first: who waits in above() may hold the lock of a handler
             self._draws = False
-        self._give_back()
         self._write_backlog()
-
-    def _give_back(self) -> None:
-        for above in self._taken:
-            above.leave()
 
     def _draw(self) -> None:
         width, height = _terminal_size(self.stream)
