@@ -1254,7 +1254,7 @@ class SQLiteWriter(threading.Thread):
         """Whatever goes wrong here ends in `error`, and the channel then refuses its producers."""
         try:
             if self._engine is None:  # a run has done so
-                self._display.open()
+                _start(self._display.thread)
                 _check_database(self.store.shown, self.status.kept)
             self.store.patiently(self.store.open, self._prepare)
             self.opened = True
@@ -1576,8 +1576,9 @@ class Progress:
 class _Display:
     """What a run shows and logs, done by a thread of its own, which looks ten times a second what there is.
 
-    open(), start() and stop() are for the calling thread. update(), tell(), failed() and know() are for every
-    thread, also with a lock held: they append to a deque, which needs no lock, and wait for nobody.
+    From the start of `thread` on log records are emitted. start() and stop() are for the calling thread.
+    update(), tell(), failed() and know() are for every thread, also with a lock held: they append to a deque,
+    which needs no lock, and wait for nobody.
     """
 
     PATIENCE = 5.0  # seconds, at the end; half of them for a pipe that nobody reads
@@ -1591,11 +1592,7 @@ class _Display:
         self._calls_user = False  # else, if the thread hangs, it does so in a handler, perhaps with its lock
         self._ending = _Bell()
         self._is_over = False
-        self._thread = threading.Thread(target=self._work, name="pipeloom-display", daemon=True)
-
-    def open(self) -> None:
-        """From now on log records are emitted."""
-        _start(self._thread)
+        self.thread = threading.Thread(target=self._work, name="pipeloom-display", daemon=True)
 
     def start(self, total: int | None) -> bool:
         """The run begins; returns whether update() should be called."""
@@ -1633,7 +1630,7 @@ class _Display:
 
     def stop(self, result: Any) -> None:
         """Show the end, and emit what is left; after PATIENCE the rest is left behind."""
-        if self._thread.ident is None:
+        if self.thread.ident is None:
             return
         if not self._is_over:
             self._messages.append(("stop", result))
@@ -1644,8 +1641,8 @@ class _Display:
             )  # fmt: skip
         self._is_over = True
         self._ending.ring()
-        self._thread.join(self.PATIENCE)
-        if self._thread.is_alive():
+        self.thread.join(self.PATIENCE)
+        if self.thread.is_alive():
             if not self._calls_user:
                 return
             self.tell(
@@ -2293,9 +2290,8 @@ def make_overall_progress() -> Any:
     class OnScreen(import_module("rich.progress").Progress):  # type: ignore[misc]
         """Rich's Progress, drawn by our screen and not by a Live of its own."""
 
-        transient = False
-        start, stop, refresh, kept = map(
-            partial(getattr, _AnsiProgress), ("start", "stop", "refresh", "kept")
+        transient, start, stop, refresh, kept = map(
+            partial(getattr, _AnsiProgress), ("transient", "start", "stop", "refresh", "kept")
         )
 
         def lines(self, width: int, room: int) -> list[str]:
@@ -4097,7 +4093,7 @@ class _Run:
         self.ends.append(self.signals.restore)
         self.signals.install()
         self.ends.append(lambda: self.display.stop(self.result()))
-        self.display.open()
+        _start(self.display.thread)
         self.ends.append(self._end_writer)
         _start(self.writer)
         while not self.writer.opened:  # it opens, or fails, within busy_timeout

@@ -3226,7 +3226,7 @@ def test_of_more_log_records_than_can_wait_the_last_are_told(db, caplog, monkeyp
     display = pipeloom._Display("none")
     for number in range(9):
         display.tell(logging.WARNING, "number %d", number)
-    display.open()
+    display.thread.start()
     display.stop(None)
     assert caplog.messages == ["number 6", "number 7", "number 8"]
 
