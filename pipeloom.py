@@ -2357,13 +2357,6 @@ class _LogFile(logging.FileHandler):
     """Known by its class, so that another call of setup_logging() removes it."""
 
 
-def _remove_handlers() -> None:
-    for log in (logging.getLogger(), logger):
-        for handler in [h for h in log.handlers if isinstance(h, (_LogHandler, _LogFile))]:
-            log.removeHandler(handler)
-            handler.close()
-
-
 def setup_logging(verbose: int, log_file: Any = None) -> None:
     """Show log lines of level WARNING (0), INFO (1) or DEBUG (2 and more) on stderr, above the bars.
 
@@ -2372,7 +2365,10 @@ def setup_logging(verbose: int, log_file: Any = None) -> None:
     logger "pipeloom". Call it again to change either.
     """
     level = logging.WARNING if verbose <= 0 else logging.INFO if verbose == 1 else logging.DEBUG
-    _remove_handlers()
+    for log in (logging.getLogger(), logger):
+        for handler in [h for h in log.handlers if isinstance(h, (_LogHandler, _LogFile))]:
+            log.removeHandler(handler)
+            handler.close()
     theirs = logging.getLogger().handlers
     home = logger if theirs else logging.getLogger()
     if not any(hasattr(h, "console") or getattr(h, "stream", 0) in (sys.stdout, sys.stderr) for h in theirs):

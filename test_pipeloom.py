@@ -5853,7 +5853,10 @@ def logging_as_in_a_program(monkeypatch):
     monkeypatch.setattr(root, "handlers", [])
     levels = root.level, pipeloom.logger.level
     yield root
-    pipeloom._remove_handlers()
+    for log in (root, pipeloom.logger):
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+            handler.close()
     root.setLevel(levels[0])
     pipeloom.logger.setLevel(levels[1])
 
