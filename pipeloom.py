@@ -1095,7 +1095,7 @@ class _Status:
         """The same as started(), for the engine's own word; nothing where its row says so already."""
         id, at, number = sender.task_id, sender.started_at, sender.attempt
         row = self._pending.get(id) or self._unfinished.get(id)
-        if not sender.has_begun() or (row is not None and (row.attempts or 0) >= number):
+        if not sender.started_at or (row is not None and (row.attempts or 0) >= number):
             return
         self._pending[id] = _row_of(
             (id, sender.name, RUNNING, 0.0, "", at, None, None, number, self.run_id, None)
@@ -1107,7 +1107,7 @@ class _Status:
     def put_back(self, sender: _Attempt) -> None:
         """It has not started after all, unless it has meanwhile, once more."""
         id = sender.task_id
-        if sender.has_begun():
+        if sender.started_at:
             return
         self._pending[id] = _TaskRow(id, sender.name, QUEUED, attempts=sender.attempt - 1, run_id=self.run_id)
         if self.shows:
@@ -2695,9 +2695,6 @@ class _Attempt(TaskContext):
         self.enter()
         return True
 
-    def has_begun(self) -> bool:
-        return self.started_at not in ("", None, "never")
-
     def put_back(self) -> None:
         """It has not been called after all: it may begin again, or be cancelled."""
         with self.lock:
@@ -2707,11 +2704,9 @@ class _Attempt(TaskContext):
 
     def cancel_unstarted(self, reason: str) -> None:
         """Cancel it unless it runs, or ran."""
-        with self.lock:
-            if self.started_at:
-                return
-            self.started_at = "never"
-        self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
+        with self.lock:  # held until it is cut off, so that it cannot begin between the two
+            if not (self.started_at or self.closed):
+                self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
 
     def finish(self, message: MsgTaskFinished | _Finish) -> None:
         if not (self._terms.atomic or self.closed or self.cancelled):

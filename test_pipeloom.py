@@ -7442,9 +7442,6 @@ class Started(SimpleNamespace):
     task_id = attempt = 1
     started_at, closed = "t1", False
 
-    def has_begun(self):
-        return bool(self.started_at)
-
     def owns(self, message):
         return message.task_id == 1
 
