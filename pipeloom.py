@@ -3015,7 +3015,6 @@ class _Stage:
         terms = {name: chosen[name] for name in STAGE_OPTIONS}
         way = _way_to(chosen["executor"], chosen["timeout"])
         self.terms = _Terms(writer.store.path, writer.kinds, limit, *way, **terms)
-        self.lone = declared.call is _call_alone  # one task, of the stage's own name
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
         self.size = len(declared.source) if isinstance(declared.source, Sequence) else None
@@ -3884,7 +3883,7 @@ class _Intake:
         self._filled = False  # there was no more room when pulling ended last
         self._unseen = set(run.options["redo"])  # of its names, those of no task so far
         for stage in self._graph.stages:
-            if stage.lone:
+            if stage.declared.call is _call_alone:  # one task, of the stage's own name
                 stage.known = roster.find(None, stage.name)
             if stage.place.followers:
                 stage.place.newest = roster.newest(stage.name)
@@ -3909,39 +3908,35 @@ class _Intake:
         self._filled = self._crew.free() <= 0
 
     def _pull_from(self, stage: _Stage) -> None:
-        items, signals = stage.items, self._run.signals
-        if items is None:  # and not `if not items`: an iterator may have a length, which is 0 at its end
-            items = self._open(stage)
+        declared, items, signals = stage.declared, stage.items, self._run.signals
         for _ in range(self._crew.free()):
-            signals.pulling = True  # what a signal then raises ends next() only
+            signals.pulling = True  # what a signal then raises ends _open() or next() only
             try:
                 if self._run.stopping:  # now, as stop() looks at `pulling` after it has said so
                     return None
+                if items is None:  # and not `if not items`: an iterator may have a length, 0 at its end
+                    items = self._open(stage)
                 item = next(items, _END)
             finally:
                 signals.pulling = False
             if item is _END:
                 return self._exhaust(stage)
             stage.pulled += 1
-            given, name = (None, stage.name) if stage.lone else stage.declared.identify(item, stage.pulled)
-            self._admit(stage, item, name, *self._roster.find(given, name))
+            named = (None, stage.name) if stage.place.doomed else declared.identify(item, stage.pulled)
+            self._admit(stage, item, named[1], *self._roster.find(*named))
         self.sources.remove(stage)
         self.sources.append(stage)  # each in its turn
         return None
 
     def _open(self, stage: _Stage) -> Iterator[Any]:
         if stage.place.doomed:  # nobody can say what its items would have been; one row stands for them all
-            stage.lone, stage.size, stage.items = True, 1, iter([None])
+            stage.size, stage.items = 1, iter([None])
             return stage.items
         if self._roster.old > NEVER and stage.name:  # an earlier run may have stored that row
             self._run.channel.push(None, MsgExecute(FORGET, (stage.name,)))
-        try:
-            self._run.signals.pulling = True
-            items = stage.declared.items()
-            stage.size = len(items) if isinstance(items, Sequence) else None
-            stage.items = iter(items)
-        finally:
-            self._run.signals.pulling = False
+        items = stage.declared.items()
+        stage.size = len(items) if isinstance(items, Sequence) else None
+        stage.items = iter(items)
         self._run.note_total()
         return stage.items
 
