@@ -2549,7 +2549,6 @@ class TaskContext:
 
     def finish(self, message: MsgTaskFinished | _Finish) -> None:
         """The task's own word on how it ended; the first counts."""
-        self.flush()
         self.closed = True
         self.held.append(message)
 
@@ -3315,7 +3314,7 @@ class _ToldError(Exception):
 def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str | None, Any]:
     """In a process of executor=: call a task's function with a context that only gathers.
 
-    Returns the messages that it sent, its result, and in words what it raised: not each exception travels.
+    Returns the messages that it sent, its result, and what it raised, in words: not each exception travels.
     """
     pid, ctx = os.getpid(), TaskContext(*made_of)
     try:
@@ -3327,14 +3326,11 @@ def _call_there(call: Any, function: Any, *made_of: Any) -> tuple[list[Any], str
         finally:
             if os.getpid() != pid:
                 _end_child()
-        ctx.flush()
         return ctx.held, _result_text(value), None
     except BaseException as error:
-        if ctx.closed:  # by its own word, which counts
-            return ctx.held, None, None if isinstance(error, TaskCancelled) else _told(error)
-        if isinstance(error, TaskCancelled):
-            return [MsgTaskFinished(ctx.task_id, CANCELLED, _now(), None, _words(error))], None, None
-        return [], None, _told(error)
+        stops = isinstance(error, TaskCancelled)
+        raised = TaskCancelled(_words(error)) if stops else _ToldError(*_told(error))
+        return ctx.held if ctx.closed else [], None, raised  # closed by its own word, which counts
 
 
 def _call_of(ctx: _Attempt) -> tuple[Any, ...]:
@@ -3351,11 +3347,11 @@ def _received(done: Any, ctx: _Attempt) -> object:
     """What the function has returned there, or raised; its rows are with `ctx` then."""
     from pickle import loads
 
-    messages, value, told = loads(done) if ctx.stage.terms.packs else done
+    messages, value, raised = loads(done) if ctx.stage.terms.packs else done
     for message in messages:
         ctx.deliver(message) if type(message) in (_Sent, _Statement) else ctx.put(message)
-    if told is not None:
-        raise _ToldError(*told)
+    if raised is not None:
+        raise raised
     return value
 
 
@@ -3378,12 +3374,12 @@ def _call_packed(packed: bytes) -> bytes:
         function, *arguments = loads(packed)
         done = function(*arguments)
     except BaseException as error:
-        done = [], None, _told(error)
+        done = [], None, _ToldError(*_told(error))
     try:
         return dumps(done)
     except BaseException as error:
         refused = MessageRefused(f"a row or message cannot be sent to another process: {_describe(error)}")
-        return dumps(([], None, _told(refused)))
+        return dumps(([], None, _ToldError(*_told(refused))))
 
 
 def _call_in_turn(calls: list[bytes]) -> tuple[list[bytes], bool]:
