@@ -3244,51 +3244,50 @@ class _Timer(threading.Thread):
             self.fault = error
 
 
-class _EventLoop:
-    """The event loop that all `async def` tasks of a run share, in a thread of its own.
+class _TaskThread(threading.Thread):
+    """One in which functions of tasks run: a task that hangs may leave it behind."""
 
-    For the workers; `_lock` is for two who come first at once. close() is the calling thread's.
+
+class _EventLoop(_TaskThread):
+    """The event loop that all `async def` tasks of a run share, in this thread of its own.
+
+    submit() is for the workers; `_lock` is for two who come first at once. close() is the calling thread's.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._loop: Any = None
-        self._over: Any = None
+        super().__init__(name="pipeloom-loop", daemon=True)
+        self._lock, self._ready = threading.Lock(), threading.Event()
 
-    def start(self) -> None:
-        import asyncio
-
+    def begin(self) -> None:
         with self._lock:
-            if self._thread is None:
-                ready = threading.Event()
-                thread = _TaskThread(
-                    target=lambda: asyncio.run(self._serve(ready)), name="pipeloom-loop", daemon=True
-                )
-                _start(thread)
-                ready.wait(GRACE)
-                self._thread = thread
+            if self.ident is None:
+                _start(self)
+                self._ready.wait(GRACE)
 
     def submit(self, ctx: _Attempt, coroutine: Any) -> Any:
         """Run a coroutine; returns a concurrent.futures.Future."""
         import asyncio
 
-        self.start()  # what was not declared as `async def` may return a coroutine, too
+        self.begin()  # what was not declared as `async def` may return a coroutine, too
         return asyncio.run_coroutine_threadsafe(_guarded(ctx, coroutine), self._loop)
 
-    async def _serve(self, ready: threading.Event) -> None:
+    def run(self) -> None:
+        import asyncio
+
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
         import asyncio
 
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        ready.set()
+        self._ready.set()
         await self._over.wait()  # asyncio.run() then cancels what is left
 
-    def close(self) -> threading.Thread | None:
-        """Have it end; returns its thread. A task that blocks it is left behind."""
-        if self._thread is not None:
+    def close(self) -> None:
+        """Have it end. A task that blocks it is left behind."""
+        if self._ready.is_set():
             with suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._over.set)
-        return self._thread
 
 
 async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException | None]:
@@ -3393,10 +3392,6 @@ def _call_in_turn(calls: list[bytes]) -> tuple[list[bytes], bool]:
         if time.monotonic() >= until:
             return results, False
     return results, True
-
-
-class _TaskThread(threading.Thread):
-    """One in which functions of tasks run: a task that hangs may leave it behind."""
 
 
 class _Worker(_TaskThread):
@@ -3567,7 +3562,7 @@ class _Crew:
         if any(stage.terms.retries or stage.terms.timeout for stage in stages):
             _start(self.timer)
         if any(iscoroutinefunction(stage.declared.function) for stage in stages):
-            self.loop.start()
+            self.loop.begin()  # while there is a thread left for it
         for number in range(self.size):
             try:
                 self._start_one()
@@ -3636,10 +3631,11 @@ class _Crew:
             ctx.cancel(reason)
         self.timer.is_over = True
         self.timer.look()
+        self.loop.close()
         self.ready.put(None)
         began = time.monotonic()
-        for thread in (*self._threads, self.timer, self.loop.close()):
-            while thread is not None and thread.is_alive() and time.monotonic() - began < self._patience():
+        for thread in (*self._threads, self.timer, self.loop):
+            while thread.is_alive() and time.monotonic() - began < self._patience():
                 thread.join(POLL)
         self.leave(reason)
 
