@@ -2677,10 +2677,7 @@ class _Attempt(TaskContext):
         super()._count(rows)
         if self._held_rows - rows < MANY_ROWS <= self._held_rows and self._terms.executor is None:
             told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
-            self.tell(logging.WARNING, told, self.name, self._held_rows)
-
-    def tell(self, level: int, told: str, *arguments: Any) -> None:
-        self.run.display.tell(level, told, *arguments)
+            self.run.display.tell(logging.WARNING, told, self.name, self._held_rows)
 
     def begin(self) -> bool:
         """Start, in the thread that calls this; False if it is cancelled, or has started before."""
@@ -3210,7 +3207,7 @@ class _Timer(threading.Thread):
         self._schedule = scheduler(self.clock)  # which has a lock of its own
         self._numbers = count()  # as priorities: before 3.10 cancel() takes events of one time for the same
         self._wakes_at = 0.0
-        self._bell = _Bell()
+        self.bell = _Bell()  # has it look at the clock, and whether it is over
         self.is_over = False
         self.fault: BaseException | None = None
 
@@ -3218,16 +3215,12 @@ class _Timer(threading.Thread):
         """Have an action called in this thread; returns what call_off() takes."""
         event = self._schedule.enter(delay, next(self._numbers), action)
         if event.time < self._wakes_at:
-            self.look()
+            self.bell.ring()
         return event
 
     def call_off(self, event: Any) -> None:
         with suppress(ValueError):  # it is happening
             self._schedule.cancel(event)
-
-    def look(self) -> None:
-        """Have it look at the clock, and whether it is over."""
-        self._bell.ring()
 
     def step(self) -> float:
         """Do what is due; returns the seconds until the next."""
@@ -3239,7 +3232,7 @@ class _Timer(threading.Thread):
     def run(self) -> None:
         try:
             while not self.is_over:
-                self._bell.wait(self.step())
+                self.bell.wait(self.step())
         except BaseException as error:  # nobody else would say why tasks never end
             self.fault = error
 
@@ -3532,7 +3525,7 @@ class _Worker(_TaskThread):
             level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
             told = "task %r raised an exception after it had finished, which is ignored: %s"
             what = str(error) if isinstance(error, _ToldError) else _describe(error)
-            ctx.tell(level, told, ctx.name, what)
+            self._run.display.tell(level, told, ctx.name, what)
             return
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
@@ -3596,7 +3589,7 @@ class _Crew:
         self.live[ctx.task_id] = again
         delay = _delay(ctx.stage.terms.retry_delay, ctx.attempt)
         self.timer.after(delay, partial(self.ready.put, again))
-        ctx.tell(logging.INFO, "task %r: %s; retrying in %.1f s", ctx.name, message, delay)
+        self._run.display.tell(logging.INFO, "task %r: %s; retrying in %.1f s", ctx.name, message, delay)
 
     def cancel_unstarted(self, reason: str) -> None:
         for ctx in list(self.live.values()):
@@ -3630,7 +3623,7 @@ class _Crew:
         for ctx in list(self.live.values()):
             ctx.cancel(reason)
         self.timer.is_over = True
-        self.timer.look()
+        self.timer.bell.ring()
         self.loop.close()
         self.ready.put(None)
         began = time.monotonic()
@@ -3652,7 +3645,7 @@ class _Crew:
             ctx.abandoned = True
         if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
             told = "task %r has ended, but its function is still running: it %s"
-            ctx.tell(logging.WARNING, told, ctx.name, text)
+            self._run.display.tell(logging.WARNING, told, ctx.name, text)
         else:
             stack, place = _stack_of(thread)
             ctx.trouble = _Trouble(TimeoutError(text), stack, f"{text} at {place}" if place else text)
@@ -3660,7 +3653,8 @@ class _Crew:
             self._start_one()
         except PipeloomError:
             told = "cannot start a worker to replace the one that task %r blocks; %d workers are left"
-            ctx.tell(logging.WARNING, told, ctx.name, sum(map(_Worker.is_alive, tuple(self._threads))) - 1)
+            left = sum(map(_Worker.is_alive, tuple(self._threads))) - 1
+            self._run.display.tell(logging.WARNING, told, ctx.name, left)
         self._threads.discard(thread)  # nobody waits for it; not sooner, as then none might seem to be left
         ctx.cut_off(ERROR, text)
         ctx.cancel(text)

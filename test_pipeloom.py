@@ -236,7 +236,7 @@ class Clock:
     def advance(self, ctx, seconds):
         with self.lock:
             self.now += seconds
-        ctx.run.crew.timer.look()
+        ctx.run.crew.timer.bell.ring()
 
     def fly(self, ctx):
         """From now on each look at the clock finds it a day later: whatever waits is due."""
