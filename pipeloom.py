@@ -3591,10 +3591,6 @@ class _Crew:
         self.timer.after(delay, partial(self.ready.put, again))
         self._run.display.tell(logging.INFO, "task %r: %s; retrying in %.1f s", ctx.name, message, delay)
 
-    def cancel_unstarted(self, reason: str) -> None:
-        for ctx in list(self.live.values()):
-            ctx.cancel_unstarted(reason)
-
     def leave(self, reason: str) -> None:
         """Cut off what runs, and tell it so: its threads are left to themselves."""
         for ctx in list(self.live.values()):
@@ -3619,8 +3615,8 @@ class _Crew:
         that hangs is left behind.
         """
         reason = self._run.stopping or "the run ended"
-        self.cancel_unstarted(reason)
         for ctx in list(self.live.values()):
+            ctx.cancel_unstarted(reason)
             ctx.cancel(reason)
         self.timer.is_over = True
         self.timer.bell.ring()
@@ -4097,7 +4093,8 @@ class _Run:
             heeded = self._heed(heeded)
             self._check()
             if self.stopping:
-                self.crew.cancel_unstarted(self.stopping)
+                for ctx in list(self.crew.live.values()):
+                    ctx.cancel_unstarted(self.stopping)
             elif intake.sources and self.crew.free() > 0:
                 intake.pull()
                 continue
