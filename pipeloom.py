@@ -2676,8 +2676,11 @@ class _Attempt(TaskContext):
     def _count(self, rows: int) -> None:
         super()._count(rows)
         if self._held_rows - rows < MANY_ROWS <= self._held_rows and self._terms.executor is None:
-            told = "task %r holds %d rows in memory until it is done; atomic=False streams them instead"
-            self.run.display.tell(logging.WARNING, told, self.name, self._held_rows)
+            self.run.display.tell(
+                logging.WARNING,
+                "task %r holds %d rows in memory until it is done; atomic=False streams them instead",
+                self.name, self._held_rows,
+            )  # fmt: skip
 
     def begin(self) -> bool:
         """Start, in the thread that calls this; False if it is cancelled, or has started before."""
@@ -3008,9 +3011,10 @@ class _Stage:
         self.declared, self.name = declared, declared.name
         chosen = {**options, **declared.options}
         limit = MANY_ROWS if chosen["atomic"] else STREAM_ROWS
-        terms = {name: chosen[name] for name in STAGE_OPTIONS}
         way = _way_to(chosen["executor"], chosen["timeout"])
-        self.terms = _Terms(writer.store.path, writer.kinds, limit, *way, **terms)
+        self.terms = _Terms(
+            writer.store.path, writer.kinds, limit, *way, *(chosen[name] for name in STAGE_OPTIONS)
+        )
         self.known: tuple[int, int | None] | None = None  # its id, and the run that has done it
         self.items: Iterator[Any] | None = None  # once it is open
         self.size = len(declared.source) if isinstance(declared.source, Sequence) else None
@@ -3160,8 +3164,11 @@ class _Roster:
             return None
         if run_id < self._since and not self._told:
             self._told = True
-            told = "run %d was started without resume and cut short: what was done before it is done again"
-            self._run.display.tell(logging.WARNING, told, self._since)
+            self._run.display.tell(
+                logging.WARNING,
+                "run %d was started without resume and cut short: what was done before it is done again",
+                self._since,
+            )
         return run_id if run_id >= self._since else None
 
     def _take(self, id: int) -> bool:
@@ -3522,10 +3529,11 @@ class _Worker(_TaskThread):
 
     def _fail(self, ctx: _Attempt, error: BaseException) -> None:
         if ctx.closed:
-            level = logging.DEBUG if ctx.cancelled else logging.WARNING  # who was cut off may well complain
-            told = "task %r raised an exception after it had finished, which is ignored: %s"
-            what = str(error) if isinstance(error, _ToldError) else _describe(error)
-            self._run.display.tell(level, told, ctx.name, what)
+            self._run.display.tell(
+                logging.DEBUG if ctx.cancelled else logging.WARNING,  # who was cut off may well complain
+                "task %r raised an exception after it had finished, which is ignored: %s",
+                ctx.name, str(error) if isinstance(error, _ToldError) else _describe(error),
+            )  # fmt: skip
             return
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
@@ -3640,8 +3648,9 @@ class _Crew:
                 return  # the function has just returned
             ctx.abandoned = True
         if ctx.closed:  # it has told its end, or its rows were refused, and goes on all the same
-            told = "task %r has ended, but its function is still running: it %s"
-            self._run.display.tell(logging.WARNING, told, ctx.name, text)
+            self._run.display.tell(
+                logging.WARNING, "task %r has ended, but its function is still running: it %s", ctx.name, text
+            )
         else:
             stack, place = _stack_of(thread)
             ctx.trouble = _Trouble(TimeoutError(text), stack, f"{text} at {place}" if place else text)
@@ -3927,15 +3936,18 @@ class _Intake:
         stage.size = stage.pulled
         self._run.note_total()
         if not stage.pulled and stage.name:
-            told = "each= of task %r gave no item, so it has nothing to do; check it, if that is a surprise"
-            self._run.display.tell(logging.WARNING, told, stage.name)
-        if stage.declared.counted and self._run.options["resume"]:
-            told = (
-                "%s have no names and are known by their position: with resume, a new one may be taken for "
-                "one that is done; give them names"
+            self._run.display.tell(
+                logging.WARNING,
+                "each= of task %r gave no item, so it has nothing to do; check it, if that is a surprise",
+                stage.name,
             )
-            of = f"items of task {stage.name!r}" if stage.name else "tasks"
-            self._run.display.tell(logging.WARNING, told, of)
+        if stage.declared.counted and self._run.options["resume"]:
+            self._run.display.tell(
+                logging.WARNING,
+                "%s have no names and are known by their position: with resume, a new one may be taken for "
+                "one that is done; give them names",
+                f"items of task {stage.name!r}" if stage.name else "tasks",
+            )
         with self._graph.lock:
             stage.exhausted = True
             self._graph.stirred(stage)
@@ -3997,8 +4009,9 @@ class _Run:
         self.channel, self.tally = Channel(), _Tally()
         self.signals = _Signals(self.stop)
         self.display = _Display(o["progress"])
-        chosen = {name: o[name] for name in WRITER_OPTIONS}
-        self.writer = SQLiteWriter(db_path, self.channel, run=self, **chosen)
+        self.writer = SQLiteWriter(
+            db_path, self.channel, run=self, **{name: o[name] for name in WRITER_OPTIONS}
+        )
         self.graph = _Graph({declared: _Stage(declared, o, self.writer) for declared in after}, after)
         total, size = self.graph.total(), o["workers"] or os.cpu_count() or 1
         self.crew = _Crew(self, size if total is None else max(1, min(size, total)))  # no more than tasks
