@@ -3105,17 +3105,15 @@ class _Roster:
         self._run, self._store = run, run.writer.store
         # What a run from this one on has done is skipped; None is without resume.
         self._since: int | None = NEVER if run.options["resume"] else None
-        known = (stage.declared.ids.items() for stage in run.graph.stages)
-        self._ids = dict(chain.from_iterable(known))  # that tasks of this run have, with their names
+        # That tasks of this run have, with their names.
+        self._ids = {id: name for stage in run.graph.stages for id, name in stage.declared.ids.items()}
         self.old = run.writer.status.last_id  # the highest id of earlier runs
         self._next_id = max(1, self.old + 1, max(self._ids, default=0) + 1)
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
         self._told = False  # that a run was cut short
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
-        if self.old == NEVER:  # there is nothing to be read
-            self._conn = sqlite3.connect("", isolation_level=None)
-        else:
-            self._conn = _connect_readonly(self._store.path, POLL)
+        path, is_new = self._store.path, self.old == NEVER  # then there is nothing to be read
+        self._conn = sqlite3.connect("", isolation_level=None) if is_new else _connect_readonly(path, POLL)
         self._ask("CREATE TEMP TABLE taken(low INTEGER PRIMARY KEY, until INTEGER)")
         if self._since is not None and self.old > NEVER and self._ask(HAS_RUNS):
             self._since = self._ask(CUT_SHORT, NEVER)[0][0]
@@ -3154,9 +3152,8 @@ class _Roster:
                 f"task_id {id} of task {name!r} is another task's in this run; give each its own"
             )
         self._next_id = max(self._next_id, id + 1)
-        for _, status, run_id in self._ask(FIND_ID, id) if self._since is not None and id <= self.old else ():
-            return id, self._done_in(status, run_id)
-        return id, None
+        found = self._ask(FIND_ID, id) if self._since is not None and id <= self.old else []
+        return id, self._done_in(*found[0][1:]) if found else None
 
     def _done_in(self, status: str, run_id: int) -> int | None:
         """The run that has done a task, where it need not be done again."""
@@ -3489,9 +3486,11 @@ class _Worker(_TaskThread):
             self._fail(ctx, error)
 
     def _call(self, ctx: _Attempt) -> object:
-        declared = ctx.stage.declared
-        if ctx.stage.terms.executor is not None:
-            return self._call_elsewhere(ctx)
+        declared, terms = ctx.stage.declared, ctx.stage.terms
+        if terms.executor is not None:
+            call = _call_of(ctx)
+            sent = (_call_packed, _packed(call)) if terms.packs else (_call_there, *call)
+            return _received(self._send(ctx, *sent), ctx)
         try:
             value = declared.call(declared.function, ctx)
         finally:
@@ -3502,11 +3501,6 @@ class _Worker(_TaskThread):
             if error is not None:
                 raise error
         return value
-
-    def _call_elsewhere(self, ctx: _Attempt) -> object:
-        call = _call_of(ctx)
-        sent = (_call_packed, _packed(call)) if ctx.stage.terms.packs else (_call_there, *call)
-        return _received(self._send(ctx, *sent), ctx)
 
     def _send(self, ctx: _Attempt, *call: Any) -> Any:
         """Have the executor call something; returns what that returns."""
@@ -4199,20 +4193,22 @@ def _check_stages(stages: Sequence[_Stage], path: str, redo: Iterable[str]) -> N
             continue
         from pickle import dumps
 
-        function, why, cure = stage.declared.function, "", ""
+        function, why = stage.declared.function, ""
         if iscoroutinefunction(function):
-            why = "is an async def, which needs the event loop of this process"
+            why = "is an async def, which needs the event loop of this process;"
         elif not stage.terms.atomic:
-            why = "has atomic=False, which streams rows in this process"
+            why = "has atomic=False, which streams rows in this process;"
         elif stage.terms.packs:  # others may have their own ways
             try:
                 dumps(function)
             except Exception as error:
-                why = f"cannot be sent to another process: {_describe(error)}"
-                cure = "define it with def at the top of a module, or "
+                why = (
+                    f"cannot be sent to another process: {_describe(error)}"
+                    "; define it with def at the top of a module, or"
+                )
         if why:
             what = f"task {stage.name!r}" if stage.name else "worker_fn"
-            raise UsageError(f"{what} {why}; {cure}run it on threads, as with @pipe.task(executor=None)")
+            raise UsageError(f"{what} {why} run it on threads, as with @pipe.task(executor=None)")
 
 
 def _check_redo(path: str, redo: Iterable[str], known: list[str]) -> None:
