@@ -667,13 +667,15 @@ class _RunLock:
 
     That is a lock of the kernel's, on every system that SQLite knows, which ends with the process however
     that ends and which no forked child inherits. The file stays: to remove it would race with the next run.
-    To be made and released by the thread that runs the pipeline.
+    To be made, taken and released by the thread that runs the pipeline.
     """
 
     def __init__(self, db_path: str) -> None:
         # "" is a file of SQLite's own, which nobody else can lock.
         self.path = "" if db_path == ":memory:" else os.path.realpath(db_path) + "-lock"
         self._conn: sqlite3.Connection | None = None
+
+    def take(self, db_path: str) -> None:
         try:
             self._conn = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
             self._conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
@@ -4063,6 +4065,7 @@ class _Run:
         _check_stages(self.graph.stages, shown, self.options["redo"])
         lock = _RunLock(shown)
         self.ends.append(lock.release)
+        lock.take(shown)
         if lock.path:
             self.writer.store.files[lock.path] = os.stat(lock.path)
         self.ends.append(self.signals.restore)
