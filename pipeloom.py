@@ -675,7 +675,8 @@ class _RunLock:
         self.path = "" if db_path == ":memory:" else os.path.realpath(db_path) + "-lock"
         self._conn: sqlite3.Connection | None = None
 
-    def take(self, db_path: str) -> None:
+    def take(self, db_path: str) -> dict[str, os.stat_result]:
+        """Returns the file, as it is now, under its path."""
         try:
             self._conn = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
             self._conn.execute("PRAGMA journal_mode=MEMORY")  # else there is a -journal beside it
@@ -689,6 +690,7 @@ class _RunLock:
                 ) from None
             cure = CURES["permit" if os.path.exists(self.path) else "open"]
             raise DatabaseError(db_path, f"cannot be locked through {self.path!r}: {error}", cure) from error
+        return {self.path: os.stat(self.path)} if self.path else {}
 
     @staticmethod
     def is_held(db_path: str) -> bool | None:
@@ -1432,7 +1434,8 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
                 conn.execute(m.sql, row)
     except Exception as error:
         if not _trouble(error):
-            error.row = _row_in_words(m.sql, rows, len(rows) - length_hint(left))  # type: ignore[attr-defined]
+            number = len(rows) - length_hint(left)
+            error.row = _row_in_words(m.sql, rows, number)  # type: ignore[attr-defined]
         raise
 
 
@@ -4005,9 +4008,7 @@ class _Run:
         self.channel, self.tally = Channel(), _Tally()
         self.signals = _Signals(self.stop)
         self.display = _Display(o["progress"])
-        self.writer = SQLiteWriter(
-            db_path, self.channel, run=self, **{name: o[name] for name in WRITER_OPTIONS}
-        )
+        self.writer = SQLiteWriter(db_path, self.channel, run=self, **{key: o[key] for key in WRITER_OPTIONS})
         self.graph = _Graph({declared: _Stage(declared, o, self.writer) for declared in after}, after)
         total, size = self.graph.total(), o["workers"] or os.cpu_count() or 1
         self.crew = _Crew(self, size if total is None else max(1, min(size, total)))  # no more than tasks
@@ -4065,9 +4066,7 @@ class _Run:
         _check_stages(self.graph.stages, shown, self.options["redo"])
         lock = _RunLock(shown)
         self.ends.append(lock.release)
-        lock.take(shown)
-        if lock.path:
-            self.writer.store.files[lock.path] = os.stat(lock.path)
+        self.writer.store.files.update(lock.take(shown))
         self.ends.append(self.signals.restore)
         self.signals.install()
         self.ends.append(lambda: self.display.stop(self.result()))
