@@ -103,12 +103,13 @@ if __name__ == "__main__":
 TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 8 ms to import
 if TYPE_CHECKING:
     from concurrent.futures import Executor
-    from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Union, overload
+    from typing import Any, Literal, NoReturn, Tuple, TypedDict, TypeVar, Union, overload
 
     from typing_extensions import Unpack  # which type checkers bring along
 
     Handler = Callable[[sqlite3.Connection, Any], object]
     Msg = Union["MsgTaskStarted", "MsgTaskProgress", "MsgTaskFinished", "MsgExecute"]
+    End = Tuple[str, str, Union[str, None], str]  # of an attempt: status, finished_at, result, message
     Function = TypeVar("Function", bound=Callable[..., Any])
     Handles = TypeVar("Handles", bound=Handler)
     console: Any
@@ -281,8 +282,6 @@ class MsgExecute:
 
 TaskDef = DemoTask = Task
 MsgTaskStart, MsgTaskFinish = MsgTaskStarted, MsgTaskFinished
-# The engine's own MsgTaskFinished: to make a frozen dataclass takes three times as long.
-_Finish = namedtuple("_Finish", "task_id status finished_at result message")
 SENTINEL = object()  # asks a writer to commit what it has and stop; known by identity
 
 
@@ -1033,9 +1032,8 @@ _TaskRow = namedtuple(  # of task_runs, as the next commit will write it; in the
     "_TaskRow", "id name status progress message started_at finished_at result attempts run_id traceback",
     defaults=(0.0, "", None, None, None, 0, None, None),
 )  # fmt: skip
-# A namedtuple's own __new__ is Python, and takes twice as long. These are for each task, from a tuple.
-_row_of, _finish_of = partial(tuple.__new__, _TaskRow), partial(tuple.__new__, _Finish)
-_finish_fields = attrgetter(*_Finish._fields)
+_row_of = partial(tuple.__new__, _TaskRow)  # from a tuple, in half the time that the namedtuple takes itself
+_said = attrgetter("status", "finished_at", "result", "message")  # in a MsgTaskFinished
 
 
 class _Status:
@@ -1136,45 +1134,47 @@ class _Status:
         if self.shows:
             self.news[m.task_id, MsgTaskProgress] = m
 
-    def finished(self, m: MsgTaskFinished | _Finish, sender: _Attempt | None = None) -> None:
-        """The end of a task; `sender` is its attempt, if that has sent it."""
-        has_row = m.task_id in self._pending or m.task_id in self._unfinished
-        if m.status == DONE and type(m) is _Finish and sender and sender.attempt == 1 and not has_row:
-            return self._done_at_once(m, sender)
+    def finished(self, m: MsgTaskFinished) -> None:
+        """What somebody else says of a task's end; the first counts, and the task's own."""
         row = self._row(m)
-        if sender is None and row.status in FINAL:
-            return None  # the first finish counts; a worker's own is the first, as its context sees to that
-        id, status, at, result, message = m if type(m) is _Finish else _finish_fields(m)
-        if status == ERROR and sender is not None and sender.may_retry():
-            status, at, result, message = QUEUED, "", None, f"attempt {sender.attempt} failed: {message}"
-        part, trace = (1.0, None) if status == DONE else (row.progress, row.traceback)
-        if sender is not None:
-            if status != DONE:
-                trace = sender.trouble.traceback
-            self.ended.append((sender, status, message))
-        self._pending[id] = _row_of((
-            id, row.name, status, part, message, row.started_at, at or None, result, row.attempts,
+        if row.status not in FINAL:
+            self._end_row(row, *_said(m), None if m.status == DONE else row.traceback)
+
+    def attempt_ended(
+        self, sender: _Attempt, status: str, at: str, result: str | None, message: str
+    ) -> None:
+        """How an attempt has ended, which is said once."""
+        id, name, began = sender.task_id, sender.name, sender.started_at
+        is_new = id not in self._pending and id not in self._unfinished and sender.attempt == 1
+        if is_new and status == DONE and not message:  # since the last commit, as with nearly all short ones
+            self._done[id] = id, name, began, at or None, result, self.run_id
+            if self.shows:
+                self.news[id, MsgTaskStarted] = MsgTaskStarted(id, name, began or "")
+                self.news[id, MsgTaskFinished] = MsgTaskFinished(id, status, at, result, message)
+        else:
+            if status == ERROR and sender.may_retry():
+                status, at, result, message = QUEUED, "", None, f"attempt {sender.attempt} failed: {message}"
+            trace = None if status == DONE else sender.trouble.traceback
+            self._end_row(self._row(sender), status, at, result, message, trace)
+        self.ended.append((sender, status, message))
+
+    def _end_row(
+        self, row: _TaskRow, status: str, at: str, result: str | None, message: str, trace: str | None
+    ) -> None:
+        part = 1.0 if status == DONE else row.progress
+        self._pending[row.id] = _row_of((
+            row.id, row.name, status, part, message, row.started_at, at or None, result, row.attempts,
             self.run_id, trace,
         ))  # fmt: skip
         if self.shows:
-            self.news[id, MsgTaskFinished] = MsgTaskFinished(id, status, at, result, message)
-        return None
-
-    def _done_at_once(self, m: _Finish, sender: _Attempt) -> None:
-        """Since the last commit a task has started and come to its end, as nearly all short ones do."""
-        id, name, at = sender.task_id, sender.name, sender.started_at
-        self._done[id] = id, name, at, m.finished_at, m.result, self.run_id
-        self.ended.append((sender, DONE, ""))
-        if self.shows:
-            self.news[id, MsgTaskStarted] = MsgTaskStarted(id, name, at or "")
-            self.news[id, MsgTaskFinished] = MsgTaskFinished(id, DONE, m.finished_at, m.result, "")
+            self.news[row.id, MsgTaskFinished] = MsgTaskFinished(row.id, status, at, result, message)
 
     def _own_sender(self, m: Any) -> _Attempt | None:
         """The attempt that a message is about, if its own worker sent it."""
         return self.sender if self.sender and self.sender.owns(m) else None
 
     def _row(self, m: Any) -> _TaskRow:
-        """The row of a message's task as it is now; one that was never started gets one all the same."""
+        """The row of a message's task, or of an attempt's, as it is now; each has one, started or not."""
         id, sender = m.task_id, self._own_sender(m)
         if sender is not None:
             self.begin(sender)
@@ -1335,8 +1335,8 @@ class SQLiteWriter(threading.Thread):
             self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         what = sender.record(error)
-        finish = _Finish(sender.task_id, ERROR, _now(), None, what)
-        self.store.patiently(self.store.commit, self._apply_all, [(sender, finish)], False)
+        end = ERROR, _now(), None, what
+        self.store.patiently(self.store.commit, self._apply_all, [(sender, end)], False)
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
         self._acknowledge()
@@ -1367,11 +1367,11 @@ class SQLiteWriter(threading.Thread):
         elif message is PROGRESS:
             sender.has_news = False
             self.status.progressed(sender.news)
-        elif type(message) is _Finish or (type(message) is MsgTaskFinished and sender.owns(message)):
-            if message.status == DONE:
-                for held in sender.held:
-                    joined.store(sender, held)
-            self.status.finished(message, sender)
+        elif type(message) is tuple or (type(message) is MsgTaskFinished and sender.owns(message)):
+            end = message if type(message) is tuple else _said(message)
+            for held in sender.held if end[0] == DONE else ():
+                joined.store(sender, held)
+            self.status.attempt_ended(sender, *end)
         else:
             joined.store(sender, message)
 
@@ -2552,7 +2552,7 @@ class TaskContext:
     def pass_on(self, message: Any) -> None:
         self.held.append(message)  # a status message that is not this task's end
 
-    def finish(self, message: MsgTaskFinished | _Finish) -> None:
+    def finish(self, message: MsgTaskFinished | End) -> None:
         """The task's own word on how it ended; the first counts."""
         self.closed = True
         self.held.append(message)
@@ -2712,7 +2712,7 @@ class _Attempt(TaskContext):
             if not (self.started_at or self.closed):
                 self.cut_off(CANCELLED, f"{reason}; {self.trouble.cause}" if self.trouble.cause else reason)
 
-    def finish(self, message: MsgTaskFinished | _Finish) -> None:
+    def finish(self, message: MsgTaskFinished | End) -> None:
         if not (self._terms.atomic or self.closed or self.cancelled):
             self.flush()
         rows = self._held_rows + len(self._group[1])
@@ -2720,9 +2720,8 @@ class _Attempt(TaskContext):
 
     def cut_off(self, status: str, reason: str) -> None:
         """Anybody else's end of it, who does not wait: only a done task's rows are stored."""
-        message = _Finish(self.task_id, status, _now(), None, reason)
         with suppress(WriterFailed):  # which ends the run
-            self.run.channel.put(self, message, last=True, wait=False)
+            self.run.channel.put(self, (status, _now(), None, reason), last=True, wait=False)
 
     def cancel(self, reason: str) -> None:
         """Have whatever it does from now on raise TaskCancelled."""
@@ -3480,11 +3479,11 @@ class _Worker(_TaskThread):
         ctx.trouble = _NO_TROUBLE  # it may have that of the attempt before
         try:
             value = call(ctx)
-            finish = _finish_of((ctx.task_id, DONE, _now(), _result_text(value), ""))
+            end = DONE, _now(), _result_text(value), ""
             if not ctx.closed:  # by the worker's own word
-                ctx.finish(finish)
+                ctx.finish(end)
         except TaskCancelled as stop:
-            ctx.finish(_Finish(ctx.task_id, CANCELLED, _now(), None, _words(stop)))
+            ctx.finish((CANCELLED, _now(), None, _words(stop)))
         except WriterFailed:
             raise
         except BaseException as error:  # SystemExit too: a task's end is not the program's
@@ -3536,7 +3535,7 @@ class _Worker(_TaskThread):
             return
         if isinstance(error, MemoryError):
             error.__traceback__ = None  # whose frames hold what took the memory
-        ctx.finish(_Finish(ctx.task_id, ERROR, _now(), None, ctx.record(error)))
+        ctx.finish((ERROR, _now(), None, ctx.record(error)))
 
 
 class _Crew:

@@ -7482,11 +7482,9 @@ def test_a_task_that_was_put_back_is_queued_until_it_has_started_again(status):
 
 def test_the_attempts_of_a_task_are_counted_whatever_another_says_between_them(status):
     first, second = Started(may_retry=lambda: True, trouble=pipeloom._NO_TROUBLE), Started(attempt=2, closed=True)
-    end = MsgTaskFinished(1, "error", "t2", message="no")
-    assert status.commit((status.finished, end, first)) == [("queued", 1, "t1")]
-    assert status.commit((status.finished, end)) == [("error", 1, "t1")]
-    done = pipeloom._Finish(1, "done", "t3", None, "")
-    assert status.commit((status.finished, done, second), begun=[second]) == [("done", 2, "t1")]
+    assert status.commit((status.attempt_ended, first, "error", "t2", None, "no")) == [("queued", 1, "t1")]
+    assert status.commit((status.finished, MsgTaskFinished(1, "error", "t2"))) == [("error", 1, "t1")]
+    assert status.commit((status.attempt_ended, second, "done", "t3", None, ""), begun=[second]) == [("done", 2, "t1")]
 
 
 # ---- Room: the rows that tasks have in common ----------------------------------------------------------
