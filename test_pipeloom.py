@@ -5659,6 +5659,8 @@ def test_what_a_name_function_returns_is_the_name_and_only_nothing_is_counted(db
 
 
 def test_a_redo_of_what_does_not_come_any_more_is_told(db, caplog):
+    with pytest.raises(pipeloom.UsageError, match="redo='no': no task has this name; none has run yet"):
+        run(["a"], db, nothing, redo=["no"])
     run(["a", "b"], db, nothing)
     run(["\x1b[31m"], db, nothing)
     with pytest.raises(pipeloom.UsageError, match=r"no task has this name; there are .*\?\[31m"):
@@ -7748,6 +7750,20 @@ def test_any_name_fits_its_width_and_holds_no_control_character(text, width):
     line = pipeloom._fit(text, width)
     assert pipeloom._width(line) == width
     assert line.isprintable() or not line
+
+
+@pytest.mark.parametrize(
+    "encoding, colourless, drawn",
+    [
+        ("utf-8", "", "\x1b[32m━━╸\x1b[0m\x1b[90m━━\x1b[0m"),
+        ("utf-8", "1", "━━╸  "),
+        ("ascii", "", "\x1b[32m##\x1b[0m\x1b[90m...\x1b[0m"),
+        (None, "1", "##..."),
+    ],
+)
+def test_a_bar_shows_how_much_is_left_also_without_colour(monkeypatch, encoding, colourless, drawn):
+    monkeypatch.setenv("NO_COLOR", colourless)
+    assert pipeloom._Style(SimpleNamespace(encoding=encoding)).bar(0.5, 5) == drawn
 
 
 @given(st.lists(st.tuples(st.text(max_size=50), st.floats(0, 2), st.text(max_size=50))), st.integers(1, 200))
