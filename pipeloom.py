@@ -184,11 +184,12 @@ class _OfDatabase(PipeloomError):
     says = "database {!r} {}; {}"
 
     def __init__(self, path: str, what: str, cure: str) -> None:
-        super().__init__(path, what, cure)  # as pickle gives these to the copy
+        super().__init__(self.says.format(path, what, cure))
         self.path = path
+        self._given = path, what, cure
 
-    def __str__(self) -> str:
-        return self.says.format(*self.args)
+    def __reduce__(self) -> Any:
+        return type(self), self._given  # as it may come from another process
 
 
 class DatabaseError(_OfDatabase, UsageError):
@@ -1107,13 +1108,12 @@ class _Status:
             self.news[id, MsgTaskStarted] = MsgTaskStarted(id, sender.name, at or "")
 
     def put_back(self, sender: _Attempt) -> None:
-        """It has not started after all, unless it has meanwhile, once more."""
+        """It has not started after all; it may have meanwhile, once more."""
         id = sender.task_id
-        if sender.started_at:
-            return
         self._pending[id] = _TaskRow(id, sender.name, QUEUED, attempts=sender.attempt - 1, run_id=self.run_id)
         if self.shows:
             self.news[id, MsgTaskFinished] = MsgTaskFinished(id, QUEUED, "", None, "")
+        self.begin(sender)
 
     def started(self, m: MsgTaskStarted) -> None:
         row = self._row(m)
@@ -1309,18 +1309,17 @@ class SQLiteWriter(threading.Thread):
         _run_schema(self.conn, self._schema)
 
     def _commit(self, batch: list[tuple[_Attempt | None, Any]], joins: bool = True) -> None:
-        """Commit a batch; one with a bad message in it in halves, until that message is alone; its rows then
-        one by one, which tells the one that fails.
-        """
+        """Commit a batch; one with a bad message in halves, until it is alone, and then its rows one by one."""
         try:
             self.store.patiently(self.store.commit, self._apply_all, batch, joins)
         except Exception as error:
             if isinstance(error, WriterFailed) or _trouble(error) == "corrupt":
                 raise
             bad = _reason(error)
+            batch = [*((sender, STARTED) for sender in self.status.begun), *batch]  # one of these, perhaps
+            self.status.begun.clear()
         else:
-            self._acknowledge()
-            return
+            return self._acknowledge()
         if len(batch) > 1:
             self._commit(batch[: len(batch) // 2])
             self._commit(batch[len(batch) // 2 :])
@@ -1328,6 +1327,7 @@ class SQLiteWriter(threading.Thread):
             self._commit(batch, joins=False)
         else:
             self._reject(*batch[0], bad)
+        return None
 
     def _reject(self, sender: _Attempt | None, message: Any, error: BaseException) -> None:
         """A message cannot be stored: its task ends as `error`, and nobody else notices."""
@@ -1335,8 +1335,7 @@ class SQLiteWriter(threading.Thread):
             self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         what = sender.record(error)
-        end = ERROR, _now(), None, what
-        self.store.patiently(self.store.commit, self._apply_all, [(sender, end)], False)
+        self.store.patiently(self.store.commit, self._apply_all, [(sender, (ERROR, _now(), None, what))], False)
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
         self._acknowledge()
@@ -1346,8 +1345,7 @@ class SQLiteWriter(threading.Thread):
         joined = _Joined(self.conn, joins, self._hand_over)
         try:
             for sender, message in batch:  # the users' own rows now, task rows in memory
-                if message is not STARTED:  # see Channel.begin()
-                    self._apply(sender, message, joined)
+                self._apply(sender, message, joined)
             joined.insert()
         except BaseException as error:  # a handler's SystemExit too
             if isinstance(error, WriterFailed) or _trouble(error) in ("disk", "corrupt"):
@@ -1362,6 +1360,8 @@ class SQLiteWriter(threading.Thread):
             joined.store(None, message if check is None else check(message))
         elif sender.rejected:
             return  # a message of this attempt was bad, and that has ended it
+        elif message is STARTED:
+            self.status.begin(sender)
         elif message is PUT_BACK:
             self.status.put_back(sender)
         elif message is PROGRESS:
@@ -4795,6 +4795,7 @@ class _Scratch:
         finally:
             if self.reopens:
                 os.ftruncate(file, 0)
+                os.lseek(file, 0, os.SEEK_SET)  # for a shell that does not come to open it anew
                 self._spare.append(file)
             else:
                 os.close(file)
@@ -5345,6 +5346,10 @@ def _cmd_run(args: Any) -> int:
         function = _load_target(args.target)
     finally:
         _setup_logging_of(args)  # after the program's own, which may configure it
+    if arguments and isinstance(getattr(function, "__self__", None), Pipeline):
+        raise UsageError(
+            f"--arg: {args.target} is a Pipeline, which takes no arguments; pass a function instead"
+        )
     _check_function(args.target, function, **arguments)
     return _Session(args).call(partial(function, **arguments))
 

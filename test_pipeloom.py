@@ -3359,7 +3359,7 @@ BAD_COMMANDS = [
     (["run", "none.py"], "target 'none.py': 'none.py' has no function or pipeline 'main'; name one that it has, as none.py:name"),
     (["run", "two.py"], "target 'two.py': 'two.py' has no function or pipeline 'main'; name one that it has, as two.py:a or two.py:b"),
     (["run", "now.py"], "pipe.main() was called while the file was being imported; put it under `if __name__ == '__main__':`"),
-    (["run", "pipe.py", "--arg", "a=1"], "a run has no option a; it has workers, wal, "),
+    (["run", "pipe.py", "--arg", "a=1"], "is a Pipeline, which takes no arguments; pass a function instead"),
     (["run", "pipe.py", "--retries", "x"], "--retries: 'x': expected a whole number from 0"),
     (["run", "pipe.py", "--timeout", "0"], "timeout=0.0: expected a number of seconds above 0"),
     (["run", "pipe.py", "--db", ""], "database '' is not a valid file name; pass the path of a file"),
@@ -4413,6 +4413,19 @@ def test_rows_may_reference_any_task_that_has_started_also_beside_bad_ones(db, m
     result = run(range(1_000), db, work, workers=4, schema=schema, atomic=atomic, check=False)
     assert (result.done, result.error) == (990, 10)
     assert rows(db, "SELECT count(*) FROM made") == [(990,)]
+
+
+@pytest.mark.parametrize("status", ["running", "done"])
+def test_a_trigger_that_refuses_the_row_of_a_task_fails_that_task_alone(db, status):
+    refuse = f"""CREATE TABLE other(x); CREATE TRIGGER refuse BEFORE INSERT ON task_runs
+        WHEN new.name = '7' AND new.status = '{status}' BEGIN SELECT RAISE(ABORT, 'not seven'); END"""
+
+    def work(task, ctx):
+        if status == "running":  # else it would be done before it is seen to run
+            ctx.sleep(0.02)
+
+    result = run(range(40), db, work, workers=4, schema=refuse, check=False)
+    assert (result.done, result.error) == (39, 1) and "not seven" in result.failures[0].message
 
 
 def test_task_rows_never_fire_a_cascade_of_the_users_own_tables(db):
@@ -7143,6 +7156,15 @@ def test_sh_fails_a_command_whose_output_cannot_be_written_and_goes_on_where_nob
 
 
 @needs_posix
+def test_what_sh_tells_of_a_command_that_its_shell_cannot_read_has_nothing_of_another(home):
+    done = subprocess.run(
+        [sys.executable, "pipeloom.py", "sh", "-w", "1", "-q"], input=b"printf %070000d 1\n(\n",
+        cwd=str(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and b"\0" not in done.stderr and len(done.stderr) < 1_000
+
+
+@needs_posix
 def test_sh_reads_stdin_as_it_comes_and_says_so_where_there_is_none(home):
     process = subprocess.Popen(
         [sys.executable, "pipeloom.py", "sh", "-q", "echo {}"],
@@ -7479,7 +7501,8 @@ def test_a_task_that_was_put_back_is_queued_until_it_has_started_again(status):
     assert status.commit((status.put_back, attempt), begun=[attempt]) == [("queued", 0, None)]
     attempt.started_at = "t2"
     assert status.commit(begun=[attempt]) == [("running", 1, "t2")]
-    assert status.commit((status.put_back, attempt)) == [("running", 1, "t2")]  # late: it is at work again
+    attempt.started_at = "t3"  # and once more, before the writer comes
+    assert status.commit((status.put_back, attempt)) == [("running", 1, "t3")]
 
 
 def test_the_attempts_of_a_task_are_counted_whatever_another_says_between_them(status):
