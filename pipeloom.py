@@ -1309,7 +1309,7 @@ class SQLiteWriter(threading.Thread):
         _run_schema(self.conn, self._schema)
 
     def _commit(self, batch: list[tuple[_Attempt | None, Any]], joins: bool = True) -> None:
-        """Commit a batch; one with a bad message in halves, until it is alone, and then its rows one by one."""
+        """Commit a batch; one with a bad message in halves, until it is alone, then its rows one by one."""
         try:
             self.store.patiently(self.store.commit, self._apply_all, batch, joins)
         except Exception as error:
@@ -1335,12 +1335,12 @@ class SQLiteWriter(threading.Thread):
             self._display.tell(logging.ERROR, "message refused: %s, in %.200r", _describe(error), message)
             return
         what = sender.record(error)
-        self.store.patiently(self.store.commit, self._apply_all, [(sender, (ERROR, _now(), None, what))], False)
+        self.store.patiently(self.store.commit, self._apply_all, [(sender, (ERROR, _now(), None, what))])
         sender.rejected = sender.closed = True
         sender.cancel(f"refused: {what}")
         self._acknowledge()
 
-    def _apply_all(self, batch: list[tuple[_Attempt | None, Any]], joins: bool) -> None:
+    def _apply_all(self, batch: list[tuple[_Attempt | None, Any]], joins: bool = False) -> None:
         self.status.start_over()
         joined = _Joined(self.conn, joins, self._hand_over)
         try:
