@@ -1579,7 +1579,8 @@ class Progress:
 
 
 class _Display:
-    """What a run shows and logs, done by a thread of its own, which looks ten times a second what there is.
+    """What a run shows and logs, done by a thread of its own: what comes in wakes it, for our own displays
+    ten times a second at most.
 
     From the start of `thread` on log records are emitted. start() and stop() are for the calling thread.
     update(), tell(), failed() and know() are for every thread, also with a lock held: they append to a deque,
@@ -1595,7 +1596,7 @@ class _Display:
         self._messages: deque[Any] = deque()
         self._records: deque[tuple[Any, ...]] = deque(maxlen=self.BACKLOG)  # level, event, text, arguments
         self._calls_user = False  # else, if the thread hangs, it does so in a handler, perhaps with its lock
-        self._ending = _Bell()
+        self._wake, self._pause = _Bell(), _Bell()
         self._is_over = False
         self.thread = threading.Thread(target=self._work, name="pipeloom-display", daemon=True)
 
@@ -1612,6 +1613,7 @@ class _Display:
         """Have a committed message shown."""
         if len(self._messages) < self.BACKLOG:
             self._messages.append(message)
+            self._wake.ring()
         elif type(self._shown) is not Progress:
             self._switch_off(f"it is {self.BACKLOG:,} messages behind")
 
@@ -1623,6 +1625,7 @@ class _Display:
     def tell(self, level: int, text: str, *args: object, event: str = "") -> None:
         """Have this logged by the display thread, soon; `text` and `args` as for logger.log()."""
         self._records.append((level, event, text, args))
+        self._wake.ring()
 
     def failed(self, name: str, message: str, place: str, number: int) -> None:
         """Say that a task has failed, at that line of the user's; it is the `number`th of its cause."""
@@ -1645,7 +1648,8 @@ class _Display:
                 event="" if self._board is None and _Session.current is None else "summary",
             )  # fmt: skip
         self._is_over = True
-        self._ending.ring()
+        self._wake.ring()
+        self._pause.ring()
         self.thread.join(self.PATIENCE)
         if self.thread.is_alive():
             if not self._calls_user:
@@ -1661,8 +1665,10 @@ class _Display:
 
     def _work(self) -> None:
         while not self._is_over:
-            self._ending.wait(FRAME)
+            self._wake.wait(FRAME if self._records else 1.0)  # what has no room in the pipe is tried again
             self._step()
+            if self._board is not None:
+                self._pause.wait(FRAME)
         self._step()
         self._log(self.PATIENCE / 2)
 
@@ -1809,7 +1815,7 @@ class _LogLines(_Board):
 
     _told = 0.0  # when, by time.monotonic()
 
-    def tick(self) -> None:  # ten times a second
+    def tick(self) -> None:  # once a second, or more often
         every = LOG_EVERY / 5 if type(sys.stderr).__module__.startswith("ipykernel") else LOG_EVERY
         if time.monotonic() >= max(self._told, self.began) + every and _takes(sys.stderr):
             self._told = time.monotonic()
