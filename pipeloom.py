@@ -1923,12 +1923,16 @@ def _width(text: str) -> int:
 
 def _clean(text: str) -> str:
     """Without control characters, and those that join or tint others: terminals disagree how wide that is."""
+    if text.isascii() and text.isprintable():
+        return text
     text = re.sub("[\u200d\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]", "", text)
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 def _head(text: str, width: int) -> str:
     """What of a clean text fits into so many cells."""
+    if len(text) * (1 if text.isascii() else 2) <= width:
+        return text
     return text[: bisect_right(list(accumulate(map(_cells, text))), width)]
 
 
