@@ -5275,9 +5275,11 @@ def _show_stacks(*_: Any) -> None:
     that run on meanwhile, and takes the process with it at times.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    text = _Screen.current.erased(_terminal_size(sys.stderr)[0]) if _Screen.current else ""
+    text = ""
     for ident, frame in sys._current_frames().items():
         text += f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+    if _Screen.current:  # last: to read the sources takes as long as some frames
+        text = _Screen.current.erased(_terminal_size(sys.stderr)[0]) + text
     with suppress(OSError):
         os.write(2, text.encode("utf-8", "backslashreplace"))
 
