@@ -65,7 +65,7 @@ import time
 import traceback  # which logging imports anyway, as dataclasses does inspect
 from bisect import bisect_right
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -604,17 +604,6 @@ def wal_checkpoint(conn: sqlite3.Connection, mode: str = "TRUNCATE") -> None:
     conn.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
 
 
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script, one at a time: executescript would commit the open transaction."""
-    statement, is_whole = "", getattr(sqlite3, "complete_statement", bool)  # PyPy lacks it
-    for piece in re.split("(;)", script):
-        statement += piece
-        if piece == ";" and is_whole(statement):
-            yield statement
-            statement = ""
-    yield statement  # which may be a comment, or nothing: SQLite does not mind
-
-
 def _check_database(path: str, kept: bool = True) -> None:
     """Find out before anything is written whether `path` can be this run's database; `kept`: with status."""
     if sqlite3.sqlite_version_info < (3, 24):
@@ -812,7 +801,7 @@ class Channel:
             while self._queue.qsize() >= max(1, self._limit - self._rows) and self.failure is None:
                 self._room.wait(0.5)
 
-    def batches(self) -> Iterator[list[tuple[_Attempt | None, Any]]]:
+    def batches(self) -> Generator[list[tuple[_Attempt | None, Any]], None, None]:
         """Everything there is, waiting for the first message; who asks for more has stored what it got."""
         while not self._ended:
             self._rows, self._reader = 0.0, get_ident()
@@ -855,6 +844,9 @@ INSERT_VALUES = re.compile(  # the plain form only, which means the same with se
     r"(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))"
     r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\b(?:SELECT|IN)\b)[^?])*)$",  # a subquery runs only once
     re.IGNORECASE,
+)
+TO_SEMICOLON = re.compile(  # past those in strings, names and comments
+    r"""(?:[^-/'"`[;]+|--[^\n]*|/\*.*?(?:\*/|$)|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]|[^;])*;?""", re.DOTALL
 )
 MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
 ROLLED_BACK = "a statement rolled back the transaction; do not catch the exception that it raised"
@@ -1016,11 +1008,12 @@ class _Store:
         if conn is not None:
             conn.close()
 
-    def _authorize(self, action: int, what: str | None, *_: object) -> int:
+    def _authorize(self, action: int, what: Any, *_: object) -> int:
         """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
         if action != sqlite3.SQLITE_TRANSACTION or not self.conn.is_on:  # then it is from _own()
             return sqlite3.SQLITE_OK
-        return sqlite3.SQLITE_DENY if what == "ROLLBACK" else sqlite3.SQLITE_IGNORE
+        is_rollback = what[0] in ("R", b"R")  # PyPy gives a char *
+        return sqlite3.SQLITE_DENY if is_rollback else sqlite3.SQLITE_IGNORE
 
     def _own(self, statement: str) -> None:
         self.conn.is_on = False
@@ -1263,9 +1256,9 @@ class SQLiteWriter(threading.Thread):
             self.store.patiently(self.store.open, self._prepare)
             self.opened = True
             self._ring()
-            for batch in self._channel.batches():
-                began = time.monotonic()
-                if batch:
+            with closing(self._channel.batches()) as batches:  # PyPy would do so at some time
+                for batch in filter(None, batches):
+                    began = time.monotonic()
                     self.status.begun += self._channel.begun()
                     self._commit(batch)
                     if time.monotonic() - began < GATHER and self._channel.has_room():
@@ -1411,13 +1404,19 @@ class SQLiteWriter(threading.Thread):
 
 
 def _run_schema(conn: sqlite3.Connection, script: str) -> None:
-    for statement in _statements(script):
+    """One statement at a time: executescript would commit the open transaction."""
+    statement = ""
+    for piece in TO_SEMICOLON.findall(script):  # the last one is empty
+        statement += piece
         try:
-            conn.execute(statement)
+            conn.execute(statement)  # which may be a comment, or nothing: SQLite does not mind
         except sqlite3.Error as error:
+            if piece and str(error) == "incomplete input":  # of a trigger
+                continue
             if _trouble(error) in PASSING:
                 raise
             raise UsageError(f"schema= failed: {error}, in {statement.strip()!r}; fix it") from error
+        statement = ""
 
 
 def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None:
