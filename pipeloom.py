@@ -1430,7 +1430,7 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
             conn.executemany(m.sql, left)
         else:
             for row in left:
-                conn.execute(m.sql, row)
+                conn.execute(m.sql, row).close()  # else one RETURNING rows goes on, on PyPy
     except Exception as error:
         if not _trouble(error):
             number = len(rows) - length_hint(left)
