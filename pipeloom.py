@@ -888,6 +888,7 @@ class _Guarded(sqlite3.Connection):
     """The writer's connection."""
 
     is_on = False  # the writer has begun a transaction, and is not about to end it
+    was_refused = False  # a rollback in it; a handler may catch the error of that
     connection = property(lambda self: self)
     execute = _inside(sqlite3.Connection.execute)
     executemany = _inside(sqlite3.Connection.executemany)
@@ -1012,14 +1013,16 @@ class _Store:
         """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
         if action != sqlite3.SQLITE_TRANSACTION or not self.conn.is_on:  # then it is from _own()
             return sqlite3.SQLITE_OK
-        is_rollback = what[0] in ("R", b"R")  # PyPy gives a char *
-        return sqlite3.SQLITE_DENY if is_rollback else sqlite3.SQLITE_IGNORE
+        if what[0] not in ("R", b"R"):  # a ROLLBACK; PyPy gives a char *
+            return sqlite3.SQLITE_IGNORE
+        self.conn.was_refused = True
+        return sqlite3.SQLITE_DENY
 
     def _own(self, statement: str) -> None:
         self.conn.is_on = False
         # sqlite3 caches statements by their text and authorizes each only once: a handler's differs.
         self.conn.execute(f"{statement} -- pipeloom")
-        self.conn.is_on = statement.startswith("BEGIN")
+        self.conn.is_on, self.conn.was_refused = statement.startswith("BEGIN"), False
 
 
 _TaskRow = namedtuple(  # of task_runs, as the next commit will write it; in the order of COLUMNS
@@ -1378,7 +1381,7 @@ class SQLiteWriter(threading.Thread):
             if type(message) in (_Statement, _Sent):
                 error.sent = message.place, getattr(error, "row", "")  # type: ignore[attr-defined]
             raise
-        if not self.conn.in_transaction:  # OR ROLLBACK, and a handler that caught the error of it
+        if self.store.conn.was_refused or not self.conn.in_transaction:  # and the error was caught
             raise MessageRefused(ROLLED_BACK)
 
     def _acknowledge(self) -> None:
@@ -1409,8 +1412,8 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
     for piece in TO_SEMICOLON.findall(script):  # the last one is empty
         statement += piece
         try:
-            conn.execute(statement)  # which may be a comment, or nothing: SQLite does not mind
-        except sqlite3.Error as error:
+            conn.execute(statement).close()  # which may be a comment, or nothing: SQLite does not mind
+        except (sqlite3.Error, ValueError) as error:  # the latter of a NUL, or of half a character
             if piece and str(error) == "incomplete input":  # of a trigger
                 continue
             if _trouble(error) in PASSING:
@@ -3075,9 +3078,9 @@ class _Graph:
         sizes = [stage.size for stage in self.stages]
         return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
 
-    def unpulled(self) -> int:
-        """How many are known of, and nobody has asked for them yet."""
-        return sum(max(stage.size - stage.pulled, 0) for stage in self.stages if stage.size)
+    def known(self) -> int:
+        """How many tasks there are at least."""
+        return sum(max(stage.size or 0, stage.pulled) for stage in self.stages)
 
     def is_cut_short(self) -> bool:
         """Whether some tasks have been submitted, and not all have been pulled."""
@@ -3267,6 +3270,7 @@ class _EventLoop(_TaskThread):
     def __init__(self) -> None:
         super().__init__(name="pipeloom-loop", daemon=True)
         self._lock, self._ready = threading.Lock(), threading.Event()
+        self._is_over = False
 
     def begin(self) -> None:
         with self._lock:
@@ -3284,20 +3288,29 @@ class _EventLoop(_TaskThread):
     def run(self) -> None:
         import asyncio
 
-        asyncio.run(self._serve())
+        self._loop = asyncio.new_event_loop()
+        self._ready.set()
+        while not self._is_over:
+            with suppress(SystemExit, KeyboardInterrupt):  # of what a coroutine has started beside itself
+                self._loop.run_forever()  # until stop(), which they may call, too
+        with closing(self._loop), suppress(SystemExit, KeyboardInterrupt):
+            self._loop.run_until_complete(self._cancel_all())
 
-    async def _serve(self) -> None:
+    async def _cancel_all(self) -> None:
         import asyncio
 
-        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        self._ready.set()
-        await self._over.wait()  # asyncio.run() then cancels what is left
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     def close(self) -> None:
         """Have it end. A task that blocks it is left behind."""
+        self._is_over = True
         if self._ready.is_set():
             with suppress(RuntimeError):  # it has ended
-                self._loop.call_soon_threadsafe(self._over.set)
+                self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException | None]:
@@ -4062,7 +4075,8 @@ class _Run:
 
     def result(self) -> RunResult:
         tally, counts = self.tally, dict(self.tally.counts)
-        counts[CANCELLED] += self.graph.unpulled() if self.intake else 0
+        if self.intake is not None:  # what nobody has asked for, and what had no time to settle
+            counts[CANCELLED] += max(self.graph.known() - sum(counts.values()), 0)
         return RunResult(
             self.writer.status.run_id, **counts, elapsed=time.monotonic() - tally.began,
             failures=list(tally.failures), causes=dict(tally.causes), database=self.writer.store.path,
@@ -4751,7 +4765,7 @@ KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
 # What a shell does first: say who it is, to a pipe that it has as stdin. So the keeper knows of each command
 # before that begins, whatever becomes of us. And open its output as its own; see _Scratch.
 HERALD = "echo begun $$ >&0; exec </dev/null{}; "
-REOPEN = " >/proc/self/fd/1 2>/proc/self/fd/2"
+REOPEN = " >>/proc/self/fd/1 2>>/proc/self/fd/2"
 
 _Command = namedtuple("_Command", "name item")  # the whole text of one, which is its task's name
 
@@ -5077,6 +5091,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 SAME_COMMAND = "the same command with --resume"
+STARTED_IN = ""
+with suppress(OSError):  # it was deleted
+    STARTED_IN = os.getcwd()  # now, as programs may leave it
 
 
 def _number(text: str, low: int = 1) -> int:
@@ -5493,9 +5510,10 @@ class _Session:
         ok = all(result.ok for _, result, _ in self.runs)
         resumable = any(result.run_id is not None and path != ":memory:" for path, result, _ in self.runs)
         if resumable and not (ok and ended) and sys.argv[0] not in ("-c", "-"):
-            reads = len(getattr(self.args, "words", (0, 0))) < 2  # its items on stdin
-            command = SAME_COMMAND if reads else _command_to_resume(any(cut for *_, cut in self.runs))
-            _say(f"to go on: {command}")
+            words, redo_again = getattr(self.args, "words", ()), any(cut for *_, cut in self.runs)
+            reads = len(words) < 2 and words != ()  # its items on stdin
+            again = _command_to_resume(redo_again, len(words))
+            _say(f"to go on: {SAME_COMMAND if reads else again}")
         return 0 if ok else 1
 
 
@@ -5578,25 +5596,34 @@ def _this_program() -> list[str]:
     return [python, program]
 
 
-def _command_to_resume(redo_again: bool) -> str:
-    """The command line again; its first words may be the program's own, and not for pipe.main(argv)."""
+def _command_to_resume(redo_again: bool, words: int) -> str:
+    """The command line again; its first words may be the program's own, and not for pipe.main(argv), and its
+    last `words` are what sh runs.
+    """
     from shlex import join
 
-    redo = [n for n, word in enumerate(sys.argv) if word.partition("=")[0] == "--redo" and not redo_again]
-    redo += [n + 1 for n in redo if sys.argv[n] == "--redo"]
+    options = sys.argv[: len(sys.argv) - words]
+    redo = [n for n, word in enumerate(options) if word.partition("=")[0] == "--redo" and not redo_again]
+    redo += [n + 1 for n in redo if options[n] == "--redo"]
     argv = [word for n, word in enumerate(sys.argv) if n > 0 and n not in redo]
     at = 1 if argv[:1] in (["run"], ["demo"], ["sh"]) else len(argv)
-    argv[at:at] = ["--resume"] * ("--resume" not in argv)
-    folder = "" if _is_terminal(sys.stderr) else f"cd {join([os.getcwd()])} && "  # in cron's mail, say
+    argv[at:at] = ["--resume"] * ("--resume" not in options)
     command = join([*_this_program(), *argv])
-    return folder + command if len(command) < 1_000 and command.isprintable() else SAME_COMMAND
+    if STARTED_IN and not _is_terminal(sys.stderr):  # in cron's mail, say
+        command = f"cd {join([STARTED_IN])} && {command}"
+    return command if len(command) < 1_000 and command.isprintable() else SAME_COMMAND
 
 
 def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -> Iterator[str]:
     """The names of the tasks that a run would start."""
     if run.options["resume"]:
-        with suppress(sqlite3.Error), _connect_readonly(path) as conn:  # else no run has been there
-            run.writer.status.last_id = conn.execute(LAST_ID, (NEVER,)).fetchone()[0]
+        _check_database(path)
+        try:
+            with _connect_readonly(path) as conn:
+                run.writer.status.last_id = conn.execute(LAST_ID, (NEVER,)).fetchone()[0]
+        except sqlite3.Error as error:
+            if os.path.exists(path) and "no such table" not in str(error):  # else no run has been there
+                raise DatabaseError(path, f"cannot be read now: {error}", "try again later") from error
     newest: dict[_Declared, int] = {}  # the last run that did a task of it
     redo = set(run.options["redo"])
     with closing(_Roster(run)) as roster:

@@ -1218,7 +1218,7 @@ def test_a_statement_that_rolls_the_transaction_back_fails_its_task_and_no_other
     assert rows(db, "SELECT count(*) FROM a") == [(6,)]
 
 
-@pytest.mark.parametrize("how", ["rollback()", "execute()", "with"])
+@pytest.mark.parametrize("how", ["rollback()", "execute()", "with", "suppressed"])
 def test_a_handler_that_rolls_back_fails_its_task_and_no_other(db, how):
     def handler(conn, user):
         insert_user(conn, user)
@@ -1226,7 +1226,9 @@ def test_a_handler_that_rolls_back_fails_its_task_and_no_other(db, how):
             with conn:
                 raise LookupError("for this")
         elif user.key == "bad":
-            conn.rollback() if how == "rollback()" else conn.execute("ROLLBACK")
+            with suppress(sqlite3.DatabaseError) if how == "suppressed" else nullcontext():
+                conn.rollback() if how == "rollback()" else conn.execute("ROLLBACK")
+            conn.execute("INSERT INTO users VALUES ('goes on', 'x')")
 
     result = run(
         ["a", "bad", "c"],
@@ -1236,8 +1238,8 @@ def test_a_handler_that_rolls_back_fails_its_task_and_no_other(db, how):
         handlers={User: handler},
         check=False,
     )
-    said = "LookupError: for this" if how == "with" else "MessageRefused: a handler rolled back"
-    assert result.failures[0].message.startswith(said)
+    said = {"with": "LookupError: for this", "suppressed": "MessageRefused: a statement rolled back"}
+    assert result.failures[0].message.startswith(said.get(how, "MessageRefused: a handler rolled back"))
     assert rows(db, "SELECT key FROM users ORDER BY key") == [("a",), ("c",)]
     assert [row[2] for row in rows(db)] == ["done", "error", "done"]
 
@@ -2764,9 +2766,11 @@ def test_a_database_file_or_lock_that_is_taken_away_ends_the_run(db, how, wal):
 
     if os.name == "nt":
         pytest.skip("Windows keeps an open file where it is")
-    stored = []
+    stored, told = [], []
+    seen = SimpleNamespace(start=id, update=id, stop=told.append)
     with pytest.raises(pipeloom.WriterFailed, match="was deleted, moved or replaced during the run"):
-        run(range(10_000), db, work, workers=2, wal=wal)
+        run(range(10_000), db, work, workers=2, wal=wal, progress=seen)
+    assert told[0].done < 10_000 and told[0].done + told[0].cancelled == 10_000
     if how == "without its lock":
         assert ("meanwhile", "done") in [row[1:] for row in rows(db)]
         assert stored == rows(db, "SELECT count(*) FROM task_runs WHERE status = 'done'")
@@ -4413,6 +4417,14 @@ def test_a_schema_is_split_where_sqlite_would(db):
         assert rows(path, "SELECT x FROM a") == [(";",)]
 
 
+def test_a_schema_may_ask_for_something_and_one_of_odd_characters_is_an_error(db):
+    run([], db, nothing, schema="CREATE TABLE a(x); SELECT * FROM a, sqlite_master; PRAGMA user_version; SELECT 1")
+    assert rows(db, "SELECT count(*) FROM a") == [(0,)]
+    for odd in ("\0", "\udc80"):
+        with pytest.raises(pipeloom.UsageError, match="schema= failed: "):
+            run([], db, nothing, schema=f"CREATE TABLE b(x); -- {odd}")
+
+
 def test_a_schema_that_fails_is_an_error_and_leaves_nothing_behind(db):
     with pytest.raises(
         pipeloom.UsageError, match=r"schema= failed: near \"TABEL\": .*, in 'CREATE TABEL b\(y\)'"
@@ -4849,6 +4861,43 @@ def test_async_tasks_share_one_loop_and_each_of_them_holds_a_worker(db):
     assert (result.done, result.error, len(shared)) == (19, 1, 1)
     assert result.failures[0].message == "SystemExit: 7"
     assert rows(db, "SELECT DISTINCT result FROM task_runs WHERE status = 'done'") == [("async 1",)]
+
+
+@pytest.mark.parametrize("how", ["SystemExit", "KeyboardInterrupt", "stop()"])
+def test_what_a_coroutine_starts_cannot_end_the_loop_of_the_others(db, how):
+    import asyncio
+
+    async def beside(task):
+        if task == 5 and how == "stop()":
+            asyncio.get_running_loop().stop()
+        elif task == 5:
+            raise SystemExit(7) if how == "SystemExit" else KeyboardInterrupt(7)
+        await asyncio.sleep(0.001)
+
+    async def work(task, ctx):
+        await asyncio.gather(beside(task))
+
+    result = run(range(60), db, work, workers=8, check=False)
+    assert result.done == 60 - result.error
+    assert [failure.message for failure in result.failures] == ([f"{how}: 7"] if how != "stop()" else [])
+
+
+def test_what_coroutines_leave_running_is_cancelled_at_the_end_of_the_run(db):
+    import asyncio
+
+    async def beside():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def work(task, ctx):
+        started.append(asyncio.ensure_future(beside()))
+        await asyncio.sleep(0)
+
+    ended, started = threading.Event(), []
+    run([1], db, work)
+    assert ended.wait(WAIT)
 
 
 def test_the_nearer_option_wins(db):
@@ -6222,6 +6271,22 @@ def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works
     )
 
 
+def test_the_command_to_resume_names_the_folder_in_which_the_program_was_started(home):
+    (home / "job.py").write_text(PIPELINE.format(main="import os; os.chdir('/'); pipe.main()", check=True))
+    done = python("job.py", "--db", home / "p.db", cwd=home, code=1)
+    assert f"\nto go on: cd {home} && " in done.stderr
+
+
+@needs_posix
+def test_the_command_to_resume_has_the_items_as_they_were_given_and_needs_no_folder(home):
+    done = sh(home, "-w", "1", "false", "x", "--redo", "y", "--resume", code=1)
+    assert done[1].endswith("pipeloom.py sh --resume -w 1 false x --redo y --resume\n")
+    (home / "gone").mkdir()
+    start = [sys.executable, "../pipeloom.py", "sh", "--db", "../x.db", "rmdir ../gone; false {}"]
+    done = subprocess.run([*start, "x"], cwd=str(home / "gone"), stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b"to go on: cd " in done.stderr and b"Traceback" not in done.stderr
+
+
 def test_the_options_of_the_command_line_are_those_of_a_pipeline(home):
     (home / "job.py").write_text(PIPELINE.format(main="", check=True))
 
@@ -6941,6 +7006,25 @@ def test_a_dry_run_with_resume_names_what_would_run(home):
     assert done.stderr.startswith("pipeloom: redo='no': no task has this name; there are load, report, load[")
 
 
+def test_a_dry_run_of_a_database_that_cannot_be_read_says_so(home):
+    (home / "job.py").write_text(PIPELINE.format(main="pipe.main()", check=False))
+    python("job.py", cwd=home, code=1)
+    dry = ("job.py", "--dry-run", "--resume")
+    with closing(sqlite3.connect(str(home / "p.db"))) as conn:
+        conn.execute("PRAGMA locking_mode=EXCLUSIVE")
+        conn.execute("BEGIN EXCLUSIVE")
+        conn.execute("CREATE TABLE other(x)")
+        done = python(*dry, cwd=home, code=2)
+        assert done.stdout == "" and "cannot be read now: database is locked; try again later" in done.stderr
+    (home / "p.db").write_bytes(b"no database" * 1000)
+    done = python(*dry, cwd=home, code=2)
+    assert done.stdout == "" and "cannot be read: file is not a database" in done.stderr
+    done = python(*dry, "--db", "no/x.db", cwd=home, code=2)
+    assert done.stdout == "" and "there is no directory" in done.stderr
+    execute(home / "own.db", "CREATE TABLE own(x)")
+    assert python(*dry, "--db", "own.db", cwd=home, code=0).stdout == "load[a]\nload[b]\nreport\n"
+
+
 def test_a_dry_run_names_the_items_behind_what_would_not_run(db, capsys, same_logging):
     def dry(*options):
         with pytest.raises(SystemExit):
@@ -7107,6 +7191,12 @@ def test_sh_says_why_a_command_failed_and_keeps_the_end_of_its_output(home):
     out, err = sh(home, "echo said; echo {} >&2; exit 1", *range(20), code=1)
     assert out == "said\n" * 20 and "20 failed, 1 cause" in err
     assert "the same command with --resume" in sh(home, "false", *range(300), code=1)[1].splitlines()[-1]
+
+
+@needs_linux
+def test_sh_mixes_no_lines_of_who_opens_its_stdout_anew(home):
+    assert sh(home, "echo one; echo two >>/dev/stdout; echo three; #", "x")[0] == "one\ntwo\nthree\n"
+    assert sh(home, "echo lost; echo two >/dev/stdout; echo three; #", "x")[0] == "two\nthree\n"
 
 
 @needs_posix
