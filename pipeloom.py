@@ -604,7 +604,7 @@ def wal_checkpoint(conn: sqlite3.Connection, mode: str = "TRUNCATE") -> None:
     conn.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
 
 
-def _check_database(path: str, kept: bool = True) -> None:
+def _check_database(path: str, kept: bool) -> None:
     """Find out before anything is written whether `path` can be this run's database; `kept`: with status."""
     if sqlite3.sqlite_version_info < (3, 24):
         raise UsageError(
@@ -5617,7 +5617,7 @@ def _command_to_resume(redo_again: bool, words: int) -> str:
 def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -> Iterator[str]:
     """The names of the tasks that a run would start."""
     if run.options["resume"]:
-        _check_database(path)
+        _check_database(path, kept=True)
         try:
             with _connect_readonly(path) as conn:
                 run.writer.status.last_id = conn.execute(LAST_ID, (NEVER,)).fetchone()[0]
@@ -5702,7 +5702,7 @@ def _cmd_status(args: Any) -> int:
 
 
 def _cmd_init_db(args: Any) -> int:
-    _check_database(args.db)
+    _check_database(args.db, kept=True)
     try:
         with closing(connect(args.db)) as conn:
             init_schema(conn, store_task_status=True)

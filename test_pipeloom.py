@@ -1384,11 +1384,12 @@ def test_a_handler_that_goes_on_after_a_rollback_fails_its_task_and_stores_nothi
 INTO_STORED = "INSERT INTO stored VALUES (?)"
 
 
-def in_one_batch(db, tasks, sql, **options):
+def in_one_batch(db, tasks, sql, trace=None, **options):
     """Tasks one after the other whose statements meet in one transaction: the writer is held up before."""
     taken, goes_on = threading.Event(), threading.Event()
 
     def handler(conn, user):
+        conn.set_trace_callback(trace)
         taken.set()
         assert goes_on.wait(WAIT)
 
@@ -1401,10 +1402,18 @@ def in_one_batch(db, tasks, sql, **options):
             goes_on.set()
         else:
             for statement in sql[task]:
-                ctx.execute(statement)
+                ctx.execute(*([statement] if isinstance(statement, str) else statement))
 
     tasks = ["first", *tasks, "last"]
     return run(tasks, db, work, workers=1, handlers={User: handler}, check=False, **options)
+
+
+def test_rows_of_the_same_statement_from_different_tasks_are_stored_by_one(db):
+    traced = []
+    sql = {key: [("INSERT INTO users VALUES (?, ?)", (key, "x"))] for key in "abc"}
+    result = in_one_batch(db, "abc", sql, traced.append, schema=USERS)
+    assert result.done == 5 and rows(db, "SELECT key FROM users ORDER BY 1") == [("a",), ("b",), ("c",)]
+    assert sum("INTO users" in statement for statement in traced) == 1
 
 
 def test_a_savepoint_that_a_task_leaves_open_lets_no_other_undo_what_is_done(db):
@@ -3137,6 +3146,17 @@ def test_a_display_that_raises_harms_nothing(db, method, caplog):
     assert "the progress display failed" in caplog.text
 
 
+def test_a_display_that_hangs_does_not_keep_the_process_from_ending(home):
+    program = """if 1:
+        import pipeloom, threading
+        class Hangs:
+            def start(self, total): pass
+            def update(self, message): threading.Event().wait()
+            def stop(self, result): pass
+        print(pipeloom.run_pipeline(range(3), "x.db", worker_fn=lambda t, q: None, progress=Hangs()).done)"""
+    assert python("-c", program, cwd=home, timeout=HANG, code=0).stdout == "3\n"
+
+
 @pytest.mark.parametrize("method", ["start", "update", "stop"])
 def test_a_display_that_hangs_harms_nothing(db, method, caplog, impatient):
     display, over, hung = Recorder(), threading.Event(), threading.Event()
@@ -3767,6 +3787,7 @@ def test_values_whose_meaning_is_clear_are_stored_as_text(db):
         (lambda q: q.put(MsgTaskProgress(1, "x", 10)), "progress 'x' of 10 cannot be stored"),
         (lambda q: q.put(MsgTaskProgress(1, 10**400, 10)), "cannot be stored: expected two finite numbers"),
         (lambda q: q.put(MsgTaskProgress(2**63, 1, 2)), "task_id 9223372036854775808 cannot be stored"),
+        (lambda q: q.put(MsgTaskProgress(-(2**63) - 1, 1, 2)), "task_id -9223372036854775809 cannot be stored"),
         (lambda q: q.put(MsgTaskStarted("one", "name", "now")), "task_id 'one' cannot be stored"),
         (lambda q: q.put(MsgTaskFinished(1, "banana", "now")), "status 'banana' is unknown: expected 'done', 'error' or"),
         (lambda q: q.put(MsgExecute(3)), "sql 3 cannot be run: expected a str"),
@@ -4296,6 +4317,8 @@ def test_track_passes_items_on_and_says_how_far_they_are(db):
     display = Recorder()
     run(["t"], db, lambda t, ctx: [*ctx.track("abc")] == [*"abc"] or 1 / 0, progress=display)
     assert MsgTaskProgress(1, 3, 3) in display.told
+    run(["t"], db, lambda t, ctx: [*ctx.track("abc", total=9)] == [*"abc"] or 1 / 0, progress=display)
+    assert MsgTaskProgress(1, 3, 9) in display.told
     run(["t"], db, lambda t, ctx: [*ctx.track(iter("abc"))] == [*"abc"] or 1 / 0)
 
 
@@ -4305,6 +4328,19 @@ def test_track_says_how_far_it_is_ten_times_a_second_at_most(moments):
         moments.now += 0.04
         told.append(ctx.news and ctx.news.step)
     assert told == [None] * 3 + [3] * 3 + [6] * 3 + [9] and ctx.news.step == 10
+
+
+def test_sleep_raises_as_soon_as_the_task_is_cancelled(db):
+    def work(task, ctx):
+        try:
+            ctx.sleep(WAIT)
+            told.append("went on")
+        finally:
+            over.set()
+
+    told, over = [], threading.Event()
+    assert run(["a"], db, work, timeout=0.05, check=False).error == 1
+    assert over.wait(WAIT) and told == []
 
 
 def test_in_another_process_sleep_sleeps(monkeypatch):
@@ -5626,6 +5662,7 @@ def test_a_result_is_one_line_and_gives_what_its_tasks_have_stored(db):
         with pytest.raises(KeyError):
             result["nothing"]
     assert re.fullmatch(r"<RunResult 2: 0 done, 2 skipped in \d.\d s; .*test.db>", repr(result))
+    assert pipeloom.RunResult(1, done=1, error=2, cancelled=4, skipped=8, elapsed=0.5).total == 15
     result = pipe.run(store_task_status=False, db_path=db.with_name("other.db"))
     with pytest.raises(pipeloom.DatabaseError, match="has no results: no such table"):
         result["report"]
@@ -5719,9 +5756,9 @@ def test_a_run_of_everything_that_was_cut_short_is_finished_by_resume_though_all
     result = begin_anew(3).run(resume=True)
     assert (result.done, result.skipped) == (3_000 - redone, redone)
     assert rows(db, "SELECT count(*) FROM made WHERE run = 1") == [(0,)]
+    assert begin_anew(4).run(resume=True).skipped == 3_000
     told = "run 2 was started without resume and cut short: what was done before it is done again"
     assert [record.getMessage() for record in caplog.records if "cut short" in record.getMessage()] == [told]
-    assert begin_anew(4).run(resume=True).skipped == 3_000
 
 
 def test_a_run_of_everything_that_got_to_its_last_task_or_to_none_leaves_what_others_have_done(db):
@@ -6684,7 +6721,7 @@ def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsy
     assert cli("status", db, "bad") == 0
     out = capsys.readouterr().out
     assert re.match(
-        r"bad \(task 3\): failed\n  attempts  2\n  started   20.*\n  ended     20.*\n  time      0:00:0\d\n"
+        r"bad \(task 3\): failed\n  attempts  2\n  started   20\S+ \S+\n  ended     20\S+ \S+\n  time      0:00:0\d\n"
         r"  progress  0%\n  run       1\n  message   ValueError: two\n            lines\n  traceback Trace",
         out,
     )
@@ -6707,6 +6744,28 @@ def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsy
     Path("bad").touch()  # a file of the task's name
     assert cli("status", "bad", "--db", "./pipeloom.db") == 0
     assert "bad (task 3): failed" in capsys.readouterr().out
+
+
+def test_tasks_that_start_while_the_writer_is_busy_are_running_with_its_next_commit(db):
+    def handler(conn, user):
+        taken.set()
+        assert started.wait(WAIT)
+
+    def work(task, ctx):
+        if task == "holds":
+            ctx.put(User("x", "x"))
+        elif task < "c":
+            assert taken.wait(WAIT)
+        else:
+            names.append(task)
+            if len(names) == 2:
+                started.set()
+            wait_until_stored(ctx, "name = 'c' AND status = 'running'")
+            wait_until_stored(ctx, "name = 'd' AND status = 'running'")
+            both.wait(WAIT)  # none is done before the other has seen it
+
+    taken, started, both, names = threading.Event(), threading.Event(), threading.Barrier(2), []
+    assert run(["holds", "a", "b", "c", "d"], db, work, workers=3, handlers={User: handler}).done == 5
 
 
 @pytest.mark.parametrize("wal", [True, False])
@@ -6781,6 +6840,9 @@ def test_a_report_in_a_pipe_shows_whole_names_and_one_in_a_window_both_ends(monk
     monkeypatch.delenv("NO_COLOR", raising=False)
     whole = pipeloom._report(status_of(error=1), False, 0, 0)
     assert f"  failed[{'x' * 90}0]  0:00:01  {'m' * 300}" in whole and "\x1b" not in "".join(whole)
+    status = status_of(done=2)
+    status["done"][0]["name"], status["done"][1]["name"] = "a", "longer"
+    assert [line[:17] for line in pipeloom._report(status, False, 0, 0)[-2:]] == ["  a       0:00:01", "  longer  0:00:01"]
     cut = pipeloom._report(status_of(error=1), False, 80, 24)[-1]
     assert re.fullmatch(r"\x1b\[31m  failed\[x+(…|\.\.)x+0\]  0:00:01  m+(…|\.\.)\x1b\[0m", cut), cut
 
