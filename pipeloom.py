@@ -3291,7 +3291,7 @@ class _EventLoop(_TaskThread):
         self._loop = asyncio.new_event_loop()
         self._ready.set()
         while not self._is_over:
-            with suppress(SystemExit, KeyboardInterrupt):  # of what a coroutine has started beside itself
+            with suppress(SystemExit, KeyboardInterrupt, MemoryError):  # of what coroutines start beside them
                 self._loop.run_forever()  # until stop(), which they may call, too
         with closing(self._loop), suppress(SystemExit, KeyboardInterrupt):
             self._loop.run_until_complete(self._cancel_all())

@@ -3912,9 +3912,8 @@ def test_the_writer_works_alone_on_a_plain_queue(db):
         {"unknown": "message"},
         MsgTaskStarted(3, "three", "t4"),
         limit=2,
-        wal=True,
-        store_task_status=True,
     )
+    assert rows(db, "PRAGMA journal_mode") == [("wal",)]
     assert rows(db, "SELECT id, name, status, progress, result, message FROM task_runs") == [
         (1, "one", "done", 1.0, "ok", ""),
         (2, "task-2", "error", 0.0, None, "never started"),
