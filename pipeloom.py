@@ -2373,6 +2373,16 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 class _LogFile(logging.FileHandler):
     """Known by its class, so that another call of setup_logging() removes it."""
 
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:  # once, and not for each record, as the disk is full, say
+            self._told = True
+            _say(f"pipeloom: log file {self.baseFilename!r} cannot be written: {error.strerror}")
+
 
 def setup_logging(verbose: int, log_file: Any = None) -> None:
     """Show log lines of level WARNING (0), INFO (1) or DEBUG (2 and more) on stderr, above the bars.
