@@ -1296,6 +1296,20 @@ def test_with_atomic_false_rows_are_stored_as_they_come(db):
     assert counts == {"goo": 2_500, "bad": 2_500}
 
 
+def test_with_atomic_false_the_rows_of_a_thread_and_its_messages_keep_their_order(db):
+    def handler(conn, user):
+        seen.append(conn.execute("SELECT count(*) FROM users").fetchone()[0])
+
+    def work(task, ctx):
+        for number in range(3):
+            ctx.execute("INSERT INTO users VALUES (?, 'x')", (number,))
+            ctx.put(User("x", "x"))
+
+    seen = []
+    run([1], db, work, schema=USERS, atomic=False, handlers={User: handler})
+    assert seen == [1, 2, 3]
+
+
 def test_with_atomic_false_a_bad_row_ends_the_task_and_tells_its_worker(db):
     told = []
 
@@ -3920,6 +3934,19 @@ def test_the_writer_works_alone_on_a_plain_queue(db):
         (2, "task-2", "error", 0.0, None, "never started"),
         (3, "three", "running", 0.0, None, ""),
     ]
+
+
+def test_a_writer_alone_counts_the_attempts_of_a_task(db):
+    for attempts in (1, 2):
+        run_alone(db, MsgTaskStarted(1, "one", "t1"), MsgTaskFinished(1, "error", "t2"))
+        assert rows(db, "SELECT attempts FROM task_runs") == [(attempts,)]
+
+
+def test_what_a_task_says_of_another_is_shown(db):
+    said = [MsgTaskStarted(99, "other", "t1"), MsgTaskProgress(99, 1, 2), MsgTaskFinished(99, "done", "t2")]
+    display = Recorder()
+    run(["a"], db, lambda task, ctx: [ctx.put(message) for message in said] and None, progress=display)
+    assert [message for message in display.told if getattr(message, "task_id", 0) == 99] == said
 
 
 def test_a_writer_alone_that_fails_keeps_nobody_who_joins_its_queue(db):
