@@ -6271,6 +6271,13 @@ def test_run_calls_a_function_of_the_users_with_the_users_classes(home, start, t
     assert not (home / "own.db").exists()
 
 
+def test_arguments_on_the_command_line_are_numbers_truths_or_text(home):
+    (home / "job.py").write_text("def main(**given): print(given)")
+    given = {"a": True, "b": False, "c": 2, "d": 1.5, "e": "x=y", "f": ""}
+    words = "--arg a=true --arg b=False --arg c=2 --arg d=1.5 --arg e=x=y --arg f=".split()
+    assert python("pipeloom.py", "run", "job.py", *words, cwd=home, code=0).stdout == f"{given}\n"
+
+
 def test_a_copy_that_other_processes_cannot_import_is_refused_with_processes(home):
     (home / "pipeloom.py").rename(home / "loom.v2.py")
     (home / "job.py").write_text(USER_FILE.format(module="pipeloom"))
