@@ -3300,27 +3300,32 @@ class _EventLoop(_TaskThread):
 
         self._loop = asyncio.new_event_loop()
         self._ready.set()
-        while not self._is_over:
-            with suppress(SystemExit, KeyboardInterrupt, MemoryError):  # of what coroutines start beside them
-                self._loop.run_forever()  # until stop(), which they may call, too
-        with closing(self._loop), suppress(SystemExit, KeyboardInterrupt):
-            self._loop.run_until_complete(self._cancel_all())
+        with closing(self._loop):
+            while not self._is_over:
+                with suppress(SystemExit, KeyboardInterrupt, MemoryError):  # of what coroutines start
+                    self._loop.run_forever()  # until stop(), which these may call, too
 
-    async def _cancel_all(self) -> None:
+    async def _end(self) -> None:
         import asyncio
 
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
+        try:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left)
+            await self._loop.shutdown_asyncgens()
+            if sys.version_info >= (3, 9):
+                await self._loop.shutdown_default_executor()
+        finally:
+            self._is_over = True
+            self._loop.stop()
 
     def close(self) -> None:
         """Have it end. A task that blocks it is left behind."""
-        self._is_over = True
         if self._ready.is_set():
             with suppress(RuntimeError):  # it has ended
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._end()))
 
 
 async def _guarded(ctx: _Attempt, coroutine: Any) -> tuple[object, BaseException | None]:
@@ -4597,20 +4602,12 @@ def read_status(
         with _connect_readonly(path, idle=idle) as conn:
             status = {"database": path, **_query_status(conn, limit, failed, names)}
     except sqlite3.Error as error:
-        if _trouble(error) == "lock":
-            raise DatabaseError(path, f"cannot be read now: {error}", "try again later") from error
-        if "readonly" in str(error):
-            raise DatabaseError(
-                path, "was left half-written by a killed run", "start the next run, which rolls that back"
-            ) from error
         if "no such table" in str(error) and _RunLock.is_held(path):  # a run is about to make it
             return {
                 "database": path, "counts": {}, "run": None, "run_counts": {},
                 **{key: [] for key in ("tasks", *KINDS.values())},
             }  # fmt: skip
-        raise DatabaseError(
-            path, f"has no task status: {error}", "pass a database that pipeloom has written"
-        ) from error
+        raise _unreadable(path, error) from error
     if _RunLock.is_held(path) is not held or (idle and any(map(os.path.exists, side_files))):
         return read_status(path, limit, failed, names=names)  # a run has begun or ended meanwhile
     run = status["run"]
@@ -4619,6 +4616,15 @@ def read_status(
         if run["status"] == RUNNING and held is False:
             run["status"] = "interrupted"  # the next run will say so in the database
     return status
+
+
+def _unreadable(path: str, error: sqlite3.Error) -> DatabaseError:
+    what, cure = f"has no task status: {error}", "pass a database that pipeloom has written"
+    if _trouble(error) == "lock":
+        what, cure = f"cannot be read now: {error}", "try again later"
+    elif "readonly" in str(error):
+        what, cure = "was left half-written by a killed run", "start the next run, which rolls that back"
+    return DatabaseError(path, what, cure)
 
 
 def _query_status(
@@ -4775,7 +4781,7 @@ KILL_AFTER = 2.0  # seconds from SIGTERM to SIGKILL
 # What a shell does first: say who it is, to a pipe that it has as stdin. So the keeper knows of each command
 # before that begins, whatever becomes of us. And open its output as its own; see _Scratch.
 HERALD = "echo begun $$ >&0; exec </dev/null{}; "
-REOPEN = " >>/proc/self/fd/1 2>>/proc/self/fd/2"
+REOPEN = " >/proc/self/fd/1 2>>/proc/self/fd/2"  # some seek in their stdout
 
 _Command = namedtuple("_Command", "name item")  # the whole text of one, which is its task's name
 
@@ -5627,13 +5633,12 @@ def _command_to_resume(redo_again: bool, words: int) -> str:
 def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -> Iterator[str]:
     """The names of the tasks that a run would start."""
     if run.options["resume"]:
-        _check_database(path, kept=True)
         try:
             with _connect_readonly(path) as conn:
                 run.writer.status.last_id = conn.execute(LAST_ID, (NEVER,)).fetchone()[0]
         except sqlite3.Error as error:
             if os.path.exists(path) and "no such table" not in str(error):  # else no run has been there
-                raise DatabaseError(path, f"cannot be read now: {error}", "try again later") from error
+                raise _unreadable(path, error) from error
     newest: dict[_Declared, int] = {}  # the last run that did a task of it
     redo = set(run.options["redo"])
     with closing(_Roster(run)) as roster:
