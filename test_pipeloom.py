@@ -6793,6 +6793,13 @@ def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsy
     assert "bad (task 3): failed" in capsys.readouterr().out
 
 
+def test_status_says_how_many_were_done_in_earlier_runs_alone(db, capsys, same_logging):
+    run(["a", "b"], db, nothing)
+    run(["c"], db, lambda task, ctx: 1 / 0, check=False)
+    assert cli("status", db) == 0
+    assert "\n2 done, 2 of them in earlier runs:\n" in capsys.readouterr().out
+
+
 def test_tasks_that_start_while_the_writer_is_busy_are_running_with_its_next_commit(db):
     def handler(conn, user):
         taken.set()
