@@ -1413,7 +1413,7 @@ def _run_schema(conn: sqlite3.Connection, script: str) -> None:
         statement += piece
         try:
             conn.execute(statement).close()  # which may be a comment, or nothing: SQLite does not mind
-        except (sqlite3.Error, ValueError) as error:  # the latter of a NUL, or of half a character
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # the latter two of odd characters
             if piece and str(error) == "incomplete input":  # of a trigger
                 continue
             if _trouble(error) in PASSING:
@@ -3663,10 +3663,11 @@ class _Crew:
             ctx.cancel(reason)
         self.timer.is_over = True
         self.timer.bell.ring()
-        self.loop.close()
         self.ready.put(None)
         began = time.monotonic()
         for thread in (*self._threads, self.timer, self.loop):
+            if thread is self.loop:
+                self.loop.close()  # as no worker cancels a coroutine any more
             while thread.is_alive() and time.monotonic() - began < self._patience():
                 thread.join(POLL)
         self.leave(reason)

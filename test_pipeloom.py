@@ -4536,8 +4536,8 @@ def test_a_trigger_that_refuses_the_row_of_a_task_fails_that_task_alone(db, stat
         WHEN new.name = '7' AND new.status = '{status}' BEGIN SELECT RAISE(ABORT, 'not seven'); END"""
 
     def work(task, ctx):
-        if status == "running":  # else it would be done before it is seen to run
-            ctx.sleep(0.02)
+        if status == "running" and task == 7:  # else it would be done before it is seen to run
+            ctx.sleep(WAIT)  # which that ends
 
     result = run(range(40), db, work, workers=4, schema=refuse, check=False)
     assert (result.done, result.error) == (39, 1) and "not seven" in result.failures[0].message
