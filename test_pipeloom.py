@@ -5411,9 +5411,11 @@ def test_of_short_tasks_what_has_to_wait_for_a_long_one_is_queued_and_called_onc
     seen, INLINE.while_long = Seen(), while_long
     handlers = {Squared: hold_up} if in_one_commit else {Squared: nothing}
     run(range(200), db, long_inline, executor=inline, workers=1, progress=seen, handlers=handlers)
-    assert sorted(INLINE.called) == list(range(200)) and INLINE.called[:21] == list(range(21))
+    assert sorted(INLINE.called) == list(range(200))
     assert not seen.running and seen.done == 200 and bool(seen.again) != in_one_commit
-    assert {size for size, tasks in INLINE.groups if 21 in tasks or 22 in tasks} == {1}  # as they may take long
+    (waited,) = [size - len(tasks) for size, tasks in INLINE.groups if 20 in tasks]
+    behind = {21, 22} & set(range(21, 21 + waited))
+    assert {size for size, tasks in INLINE.groups if behind & set(tasks)} <= {1}  # as they may take long
     assert max(INLINE.groups)[0] == pipeloom.TOGETHER
     assert rows(db, "SELECT DISTINCT status, attempts FROM task_runs") == [("done", 1)]
 
@@ -5437,16 +5439,17 @@ def test_ctrl_c_cancels_what_shares_the_way_with_a_long_task_and_has_not_been_ca
             run(range(200), db, long_inline, executor=inline, workers=1, handlers={Squared: nothing})
     finally:
         pipeloom.logger.removeHandler(handler)
-    assert INLINE.called == list(range(21))
+    called = INLINE.called[:]  # in this order, unless the machine is slow
+    assert called[-1] == 20
     counts = dict(rows(db, "SELECT status, count(*) FROM task_runs GROUP BY status"))
-    assert counts["done"] == 21 and set(counts) <= {"done", "cancelled"}
+    assert counts["done"] == len(called) and set(counts) <= {"done", "cancelled"}
     never = "SELECT DISTINCT started_at, attempts FROM task_runs WHERE status = 'cancelled'"
     assert rows(db, never) in ([], [(None, 0)])
     INLINE.called.clear()
     INLINE.while_long = int
     options = {"workers": 1, "resume": True, "handlers": {Squared: nothing}}
-    assert run(range(200), db, long_inline, executor=inline, **options).done == 179
-    assert sorted(INLINE.called) == list(range(21, 200))
+    assert run(range(200), db, long_inline, executor=inline, **options).done == 200 - len(called)
+    assert sorted(called + INLINE.called) == list(range(200))
 
 
 @needs_posix
@@ -5478,7 +5481,9 @@ def test_a_second_ctrl_c_cancels_what_has_begun_with_a_long_task_once(db, inline
     finally:
         pipeloom.logger.removeHandler(handler)
     wait_for(lambda: threading.active_count() == before)
-    assert seen.ends["queued"] == 0 and seen.ends["done"] == seen.result.done == 15
+    (group,) = [tasks for _, tasks in INLINE.groups if 20 in tasks]
+    assert seen.ends["queued"] == 0
+    assert seen.ends["done"] == seen.result.done == INLINE.called.index(group[0])
 
 
 def test_the_end_of_a_task_that_another_has_ended_keeps_when_it_started(db):
