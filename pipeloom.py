@@ -1013,7 +1013,7 @@ class _Store:
         """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
         if action != sqlite3.SQLITE_TRANSACTION or not self.conn.is_on:  # then it is from _own()
             return sqlite3.SQLITE_OK
-        if what[0] not in ("R", b"R"):  # a ROLLBACK; PyPy gives a char *
+        if what[0] not in ("R", b"R"):  # no ROLLBACK; PyPy gives a char *
             return sqlite3.SQLITE_IGNORE
         self.conn.was_refused = True
         return sqlite3.SQLITE_DENY
@@ -1259,7 +1259,7 @@ class SQLiteWriter(threading.Thread):
             self.store.patiently(self.store.open, self._prepare)
             self.opened = True
             self._ring()
-            with closing(self._channel.batches()) as batches:  # PyPy would do so at some time
+            with closing(self._channel.batches()) as batches:  # on PyPy nothing else would, for long
                 for batch in filter(None, batches):
                     began = time.monotonic()
                     self.status.begun += self._channel.begun()
@@ -1433,7 +1433,7 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
             conn.executemany(m.sql, left)
         else:
             for row in left:
-                conn.execute(m.sql, row).close()  # else one RETURNING rows goes on, on PyPy
+                conn.execute(m.sql, row).close()  # on PyPy one with RETURNING stays open, and no COMMIT works
     except Exception as error:
         if not _trouble(error):
             number = len(rows) - length_hint(left)
