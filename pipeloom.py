@@ -62,7 +62,7 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback  # which logging imports anyway, as dataclasses does inspect
+import traceback  # which logging imports anyway, as dataclasses does inspect before Python 3.14
 from bisect import bisect_right
 from collections import deque, namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -395,11 +395,8 @@ def _checked_execute(m: MsgExecute) -> MsgExecute:
     return MsgExecute(m.sql, _rows(m.params) if m.many else _row(m.params), m.many)
 
 
-TRANSACTION = re.compile(
-    r"(?:\s|--[^\n]*\n|/\*(?:(?!\*/).)*\*/)*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-_manages_transaction = lru_cache(256)(TRANSACTION.match)
+TRANSACTION = r"(?is)(?:\s|--[^\n]*\n|/\*(?:(?!\*/).)*\*/)*(?:BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b"
+_manages_transaction = lru_cache(256)(partial(re.match, TRANSACTION))
 
 
 def _check_sql(sql: object) -> None:
@@ -507,7 +504,7 @@ PASSING = ("lock", "disk", "open")  # by themselves, at times
 CURES = {
     "lock": "close the program that holds the lock, or pass a longer busy_timeout=",
     "disk": "free some disk space, or check the disk",
-    "open": "check that its directory is writable and the limit on open files high enough (ulimit -n)",
+    "open": "check its permissions, those of its directory, and the limit on open files (ulimit -n)",
     "corrupt": "restore it from a backup or use another file",
     "permit": "make that file writable for this user, or use another database",  # the -lock file
 }
@@ -677,7 +674,7 @@ class _RunLock:
                 raise RunInProgress(
                     db_path, f"is in use by {_holder(db_path)}", "wait until it ends, or use another file"
                 ) from None
-            cure = CURES["permit" if os.path.exists(self.path) else "open"]
+            cure = CURES[_trouble(error) or "permit"]
             raise DatabaseError(db_path, f"cannot be locked through {self.path!r}: {error}", cure) from error
         return {self.path: os.stat(self.path)} if self.path else {}
 
@@ -838,17 +835,17 @@ REFERENCES_TASKS = "SELECT 1 FROM sqlite_master WHERE sql LIKE '%references%task
 GATHER = 0.001  # seconds between commits that are quicker than that
 DISK_PATIENCE = 10.0  # seconds that a full or failing disk is waited for; a lock: `busy_timeout`
 _NAME = r"""(?:\w+|"[^"?]+"|`[^`?]+`|\[[^\]?]+\])"""
-INSERT_VALUES = re.compile(  # the plain form only, which means the same with several rows
-    rf"(?P<head>\s*(?:INSERT|REPLACE)(?:\s+OR\s+\w+)?\s+INTO\s+{_NAME}(?:\s*\.\s*{_NAME})?"
+# Patterns are compiled when they are first used, as the import of this file is to be quick.
+INSERT_VALUES = (  # the plain form only, which means the same with several rows
+    rf"(?i)(?P<head>\s*(?:INSERT|REPLACE)(?:\s+OR\s+\w+)?\s+INTO\s+{_NAME}(?:\s*\.\s*{_NAME})?"
     rf"(?:\s*\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))?\s*VALUES\s*)"
     r"(?P<row>\(\s*\?(?:\s*,\s*\?)*\s*\))"
-    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\b(?:SELECT|IN)\b)[^?])*)$",  # a subquery runs only once
-    re.IGNORECASE,
+    r"(?P<tail>\s*;?\s*|\s*ON\s+CONFLICT\b(?:(?!\b(?:SELECT|IN)\b)[^?])*)$"  # a subquery runs only once
 )
-TO_SEMICOLON = re.compile(  # past those in strings, names and comments
-    r"""(?:[^-/'"`[;]+|--[^\n]*|/\*.*?(?:\*/|$)|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]|[^;])*;?""", re.DOTALL
+TO_SEMICOLON = (  # past those in strings, names and comments
+    r"""(?s)(?:[^-/'"`[;]+|--[^\n]*|/\*.*?(?:\*/|$)|'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]|[^;])*;?"""
 )
-MANY = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)", re.IGNORECASE | re.DOTALL)
+MANY = r"(?is)\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b(?!.*\bRETURNING\b)"
 ROLLED_BACK = "a statement rolled back the transaction; do not catch the exception that it raised"
 STATUS = (MsgTaskStarted, MsgTaskProgress, MsgTaskFinished)  # these touch no table of the user's
 STARTED = object()  # an attempt's word that it has started, at its started_at
@@ -1409,7 +1406,7 @@ class SQLiteWriter(threading.Thread):
 def _run_schema(conn: sqlite3.Connection, script: str) -> None:
     """One statement at a time: executescript would commit the open transaction."""
     statement = ""
-    for piece in TO_SEMICOLON.findall(script):  # the last one is empty
+    for piece in re.findall(TO_SEMICOLON, script):  # the last one is empty
         statement += piece
         try:
             conn.execute(statement).close()  # which may be a comment, or nothing: SQLite does not mind
@@ -1429,7 +1426,7 @@ def _run_statement(conn: sqlite3.Connection, m: MsgExecute | _Statement) -> None
     rows = m.params if m.many else [m.params]
     left = iter(rows)
     try:
-        if m.many and MANY.match(m.sql):
+        if m.many and re.match(MANY, m.sql):
             conn.executemany(m.sql, left)
         else:
             for row in left:
@@ -1503,7 +1500,7 @@ def _row_in_words(sql: str, rows: list[Any], number: int) -> str:
 @lru_cache(256)
 def _insert_parts(sql: str) -> tuple[str, str, str, int]:
     """What stands before, in and after the parentheses of VALUES, and how many values they take, or 0."""
-    match = INSERT_VALUES.match(sql)
+    match = re.match(INSERT_VALUES, sql)
     return (match["head"], match["row"], match["tail"], sql.count("?")) if match else ("", "", "", 0)
 
 
