@@ -3136,7 +3136,10 @@ class _Roster:
         self._told = False  # that a run was cut short
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
         path, is_new = self._store.path, self.old == NEVER  # then there is nothing to be read
-        self._conn = sqlite3.connect("", isolation_level=None) if is_new else _connect_readonly(path, POLL)
+        try:
+            self._conn = sqlite3.connect("", isolation_level=None) if is_new else _connect_readonly(path, POLL)
+        except sqlite3.Error as error:
+            raise self._cannot_read(error) from error
         self._ask("CREATE TEMP TABLE taken(low INTEGER PRIMARY KEY, until INTEGER)")
         if self._since is not None and self.old > NEVER and self._ask(HAS_RUNS):
             self._since = self._ask(CUT_SHORT, NEVER)[0][0]
@@ -3215,10 +3218,13 @@ class _Roster:
             except sqlite3.DatabaseError as error:
                 waited = time.monotonic() - began
                 if _trouble(error) != "lock":
-                    cure = CURES.get(_trouble(error), "restore it or use another file")
-                    raise DatabaseError(self._store.shown, f"cannot be read: {error}", cure) from error
+                    raise self._cannot_read(error) from error
                 if self._run.signals.urgency() or waited > self._run.options["busy_timeout"]:
                     raise self._store.out_of_patience(error, waited) from error
+
+    def _cannot_read(self, error: sqlite3.Error) -> DatabaseError:
+        cure = CURES.get(_trouble(error), "restore it or use another file")
+        return DatabaseError(self._store.shown, f"cannot be read: {error}", cure)
 
 
 class _Timer(threading.Thread):

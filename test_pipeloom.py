@@ -2569,8 +2569,8 @@ def test_too_few_open_files_are_not_mistaken_for_a_full_disk(homes):
             wrong.append((limit, said or done.stderr[-300:]))
 
     wrong = []
-    cases = [(limit, homes()) for limit in (3, 4, 6, 8, 3, 5, 7)]
-    for _, home in cases[:4]:
+    cases = [(limit, homes()) for limit in (3, 4, 5, 6, 7, 8, 9, 3, 5, 7)]
+    for _, home in cases[:7]:
         run(range(3), home / "x.db", nothing)  # an earlier run, whose names are to be read
     at_once(one, cases)
     assert not wrong
