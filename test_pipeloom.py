@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import pickle
+import platform
 import py_compile
 import queue
 import re
@@ -1756,6 +1757,25 @@ def test_whichever_statement_fails_the_run_ends_honestly(tmp_path, watch, errors
     at_once(one, [(nth,) for nth in range(1, 46, 4 if forever else 1)])
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_rollback_that_fails_is_taken_again_and_no_other_error_comes_of_it(db, watch, number):
+    """The rollback after the `number`th time that its message was tried: in a batch, or alone."""
+
+    def refuse(conn, message):
+        tried.append(message)
+        raise ValueError("no good")
+
+    def fail(conn):
+        if len(tried) == number and conn.in_transaction and not failed:
+            failed.append(number)
+            raise MemoryError
+
+    tried, failed = [], []
+    watch(db, fail)
+    result = run(["a"], db, lambda task, ctx: ctx.put(User("a", "x")), handlers={User: refuse}, check=False)
+    assert failed and result.failures[0].message in ("ValueError: no good", "MemoryError")
+
+
 def test_the_writer_dies_and_no_worker_stays_blocked(db, watch):
     def work(task, q):
         for step in range(100):
@@ -2735,7 +2755,7 @@ def test_a_lock_on_an_attached_database_that_stays_ends_the_run(tmp_path):
 def test_a_second_run_on_the_same_database_is_refused_and_names_the_first(home):
     def work(task, ctx):
         wait_until_stored(ctx, "status = 'running'")
-        with pytest.raises(pipeloom.RunInProgress, match=f"is in use by process {os.getpid()} on .*, since 20"):
+        with pytest.raises(pipeloom.RunInProgress, match=f"by process {os.getpid()} on {platform.node()}, since 20"):
             run(["other"], home / "wal_demo.db", nothing)
         said.append(python("-m", "pipeloom", "demo", cwd=home, code=75).stderr)
         said.append(python("-m", "pipeloom", "status", "--db", "wal_demo.db", cwd=home, code=0).stdout)
@@ -3251,6 +3271,48 @@ def test_a_window_that_shrinks_in_mid_run_gets_narrower_lines(home):
     assert last.startswith("12/12 done") and len(last) < 20
 
 
+ONE_ROW = """
+import sys, time, pipeloom
+pipeloom.run_pipeline(["one"], "t.db", worker_fn=lambda task, ctx: ctx.sleep(1), progress="ansi")
+"""
+
+
+@needs_posix
+def test_a_window_that_shrinks_leaves_no_part_of_the_lines_that_it_has_folded(home):
+    def shrink(process, terminal):
+        wait_for((home / "t.db-wal").exists)
+        threading.Event().wait(0.5)
+        resize(terminal, 24, 26)
+
+    (home / "t.py").write_text(ONE_ROW)
+    code, written = on_terminal(["t.py"], [], home, act=shrink)
+    erased = [len(rows) // len("\x1b[A\x1b[2K") for rows in re.findall(r"\r((?:\x1b\[A\x1b\[2K)+)", written)]
+    assert code == 0 and max(erased) in (4, 8), erased  # one line or two, of 79 cells
+
+
+SKIPPING = """
+import sys, time, pipeloom
+def tasks():
+    yield from "abc"
+    time.sleep(0.5 * (sys.argv[1] == "--resume"))
+    print("no more")
+def work(task, ctx): 1 / (task != 0)
+pipeloom.run_pipeline(range(900) if sys.argv[1] == "fail" else tasks(), "t.db", worker_fn=work, progress="ansi",
+                      workers=1, check=False, resume=sys.argv[1] == "--resume", fail_fast=True)
+"""
+
+
+@needs_posix
+def test_the_line_on_all_tasks_counts_what_is_skipped_at_once_and_what_never_began_in_the_end(home):
+    (home / "t.py").write_text(SKIPPING)
+    assert on_terminal(["t.py"], [""], home)[0] == 0
+    code, written = on_terminal(["t.py"], ["--resume"], home)
+    assert code == 0 and "3 skipped" in written.partition("no more")[0]
+    code, written = on_terminal(["t.py"], ["fail"], home)
+    done, failed, cancelled = map(int, re.findall(r"(\d+)(?:/900 done| failed| cancelled)", screen(written)[-1]))
+    assert (code, failed, done + failed + cancelled) == (0, 1, 900), written
+
+
 @needs_posix
 def test_a_dumb_terminal_gets_lines(home):
     (home / "t.py").write_text(THREE_TASKS)
@@ -3754,6 +3816,7 @@ def test_whatever_a_worker_raises_ends_its_task_only(db, error, said):
 
     with pytest.raises(pipeloom.PipelineError, match="1 of 3 tasks failed: 'bad': ") as caught:
         run(["a", "bad", "c"], db, work)
+    assert " more)" not in str(caught.value)
     assert caught.value.result.done == 2 and caught.value.__cause__ is error
     assert caught.value.result.failures[0].message.startswith(said)
     assert [row[2] for row in rows(db)] == ["done", "error", "done"]
@@ -4190,6 +4253,23 @@ def in_a_thread(function, *arguments):
     thread = threading.Thread(target=function, args=arguments)
     thread.start()
     thread.join(WAIT)
+
+
+def test_progress_that_the_writer_has_no_time_for_waits_in_one_message(db):
+    """Else it would fill the channel, and the worker would wait for the writer, which waits for it here."""
+
+    def work(task, ctx):
+        if task == "first":
+            return ctx.put(User("a", "b"))
+        assert held.wait(WAIT)
+        for step in range(10_000):
+            ctx.progress(step, 10_000)
+        return go.set()
+
+    held, go, waited = threading.Event(), threading.Event(), []
+    hold = {User: lambda conn, message: held.set() or waited.append(go.wait(WAIT))}
+    assert run(["first", "second"], db, work, workers=2, handlers=hold).done == 2
+    assert waited == [True]
 
 
 def test_what_the_threads_of_a_task_send_in_turn_is_run_in_that_order(db):
@@ -6357,6 +6437,15 @@ def test_a_pipeline_is_run_from_the_command_line_and_the_command_to_resume_works
     )
 
 
+@needs_posix
+def test_the_command_to_resume_of_a_script_that_finds_its_python_names_the_script_alone(home):
+    script = home / "job"
+    script.write_text(f"#!{sys.executable}\nimport sys; sys.path.insert(0, '.')\n" + PIPELINE.format(main="pipe.main()", check=True))
+    script.chmod(0o755)
+    done = subprocess.run(["./job"], cwd=str(home), stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith(" && ./job --resume\n"), done.stderr
+
+
 def test_the_command_to_resume_names_the_folder_in_which_the_program_was_started(home):
     (home / "job.py").write_text(PIPELINE.format(main="import os; os.chdir('/'); pipe.main()", check=True))
     done = python("job.py", "--db", home / "p.db", cwd=home, code=1)
@@ -8016,6 +8105,22 @@ def test_where_files_cannot_be_opened_once_more_none_is_used_again(monkeypatch):
 # ---- Room: renderer functions --------------------------------------------------------------------------
 
 
+def test_a_bar_of_ones_own_changes_in_what_is_given_and_in_nothing_else(monkeypatch):
+    monkeypatch.setattr(pipeloom, "_rich_console", lambda: None)
+    progress = pipeloom.make_overall_progress()
+    bar = progress.add_task("[cyan]Loading", total=4, completed=1)
+    for change, name, percent in (
+        ({}, "Loading", 25), ({"total": 8}, "Loading", 12), ({"completed": 4}, "Loading", 50),
+        ({"advance": 2}, "Loading", 75), ({"description": "[b]Done"}, "Done", 75), ({"completed": 0}, "Done", 0),
+    ):  # fmt: skip
+        progress.update(bar, **change)
+        (line,) = progress.lines(80, 5)
+        assert line.startswith(name) and f" {percent}%" in line, (change, line)
+    progress.remove_task(bar)
+    progress.update(bar, total=1)  # is let be
+    assert progress.lines(80, 5) == []
+
+
 @given(st.text(max_size=60), st.integers(0, 50))
 @settings(max_examples=100, deadline=None)
 def test_any_name_fits_its_width_and_holds_no_control_character(text, width):
@@ -8046,6 +8151,7 @@ def test_no_line_is_wider_than_the_window(bars, width):
     shown = [pipeloom._Bar(name, total, 1, text, began=len(text)) for name, total, text in bars]
     for line in pipeloom._lines(shown, width, style):
         assert pipeloom._width(line) == max(width - 1, 0) and (line.isprintable() or not line)
+    assert len(pipeloom._line("x" * 200, width)) == width - 1 and len(pipeloom._line("x" * 200, 0)) == 200
 
 
 @given(st.text(max_size=60), st.integers(5, 50))
