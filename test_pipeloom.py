@@ -2633,6 +2633,8 @@ def test_with_few_threads_it_runs_with_those_or_says_so_in_one_line(homes):
             fine &= rows(home / "x.db", "SELECT DISTINCT status FROM task_runs") == [("done",)]
         else:
             fine &= done.returncode == 2 and done.stderr.splitlines()[-1].startswith("pipeloom: ")
+        if room == 6:
+            fine &= done.returncode == 0 and " of 30 workers started: the system allows no more" in done.stderr
         if not fine:
             wrong.append((room, kind, done.returncode, done.stderr[-200:]))
 
@@ -8127,6 +8129,7 @@ def test_any_name_fits_its_width_and_holds_no_control_character(text, width):
     line = pipeloom._fit(text, width)
     assert pipeloom._width(line) == width
     assert line.isprintable() or not line
+    assert pipeloom._fit("\u65e5\u672c\u8a9e", 4) == "\u65e5\u672c"
 
 
 @pytest.mark.parametrize(
@@ -8141,6 +8144,12 @@ def test_any_name_fits_its_width_and_holds_no_control_character(text, width):
 def test_a_bar_shows_how_much_is_left_also_without_colour(monkeypatch, encoding, colourless, drawn):
     monkeypatch.setenv("NO_COLOR", colourless)
     assert pipeloom._Style(SimpleNamespace(encoding=encoding)).bar(0.5, 5) == drawn
+
+
+@needs_rich
+def test_with_rich_a_bar_is_richs_own():
+    bar = pipeloom._Style(SimpleNamespace(encoding="utf-8"), rich=True).bar(0.5, 10)
+    assert "\u2501" * 5 in bar
 
 
 @given(st.lists(st.tuples(st.text(max_size=50), st.floats(0, 2), st.text(max_size=50))), st.integers(1, 200))
