@@ -3241,6 +3241,14 @@ def test_an_odd_stderr_harms_nothing(db, monkeypatch, progress, encoding):
     assert run([1, 2], db, nothing, progress=progress).done == 2
 
 
+@needs_posix
+def test_why_the_bars_are_off_is_in_the_debug_log(home):
+    program = THREE_TASKS.replace("ctx.sleep(0.1)", "item == 1 and __import__('os').close(2); ctx.sleep(0.3)")
+    (home / "t.py").write_text(program)
+    code, _ = on_terminal(["t.py"], ["-vv", "-l", "log", "-w", "1"], home)
+    assert code == 0 and "the bars are off: OSError" in (home / "log").read_text()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_log_file_on_a_full_disk_harms_nothing(home):
     done = python("-m", "pipeloom", "demo", "-n", "1", "-vv", "-l", "/dev/full", cwd=home, code=0)
@@ -6930,7 +6938,7 @@ def test_status_of_a_live_run_says_how_far_it_is(db, capsys, wal, same_logging):
 
     run(["a", "b", "c", "d"], db, work, workers=1, wal=wal, check=False)
     assert re.search(rf": running for 0:00:0\d, since 20.* \(process {os.getpid()} on ", out[0])
-    assert out[1] == "1 of 4 done, 1 running, 1 failed, 2 done in earlier runs"
+    assert out[1].partition(" runs")[0] == "1 of 4 done, 1 running, 1 failed, 2 done in earlier"
     assert out[2] == "1 running:" and re.fullmatch(r"  c  0:00:0\d  25%  first", out[3])
     assert out[6] == "3 done, 2 of them in earlier runs:"
 
@@ -7247,6 +7255,24 @@ def test_a_dry_run_names_the_items_behind_what_would_not_run(db, capsys, same_lo
     assert dry("--resume") == []
     assert dry("--redo", "clean[a]") == ["clean[a]", "report"]
     assert dry("--redo", "fetch") == ["fetch", "clean[...]", "report"]
+
+
+NAMELESS = """
+import pipeloom
+pipe = pipeloom.Pipeline("n.db", progress="none")
+pipe.task(lambda ctx, item: None, name="load", each=[object(), object()])
+def main():
+    result = pipe.run()
+    print(result.total, result.ok)
+"""
+
+
+def test_a_dry_run_counts_items_without_names_as_a_run_does_and_its_result_counts_nothing(home):
+    (home / "job.py").write_text(NAMELESS)
+    for options, printed in (["--dry-run"], "load[1]\nload[2]\n0 True\n"), ([], "2 True\n"):
+        done = python("-m", "pipeloom", "run", *options, "job.py", cwd=home, code=0)
+        assert done.stdout == printed
+    assert [name for _, name, _ in rows(home / "n.db")] == ["load[1]", "load[2]"]
 
 
 def test_what_was_not_redone_stays_in_the_command_that_goes_on(home):
@@ -8243,6 +8269,17 @@ def test_a_task_keeps_its_row_with_its_time_and_a_row_left_free_closes_after_a_m
     assert rows_shown() == ["d", "", "c"]
     moments.now += 0.3
     assert rows_shown() == ["d", "c"]
+
+
+def test_bars_stay_in_their_column_when_the_longest_name_has_gone(moments):
+    board, columns = board_of(9), set()
+    for id, name in (1, "a rather long name"), (2, "b"):
+        board.update(MsgTaskStarted(id, name, "now"))
+        board.update(MsgTaskProgress(id, 1, 2))
+        moments.now += 1
+        columns.add(board.lines(80, 23)[1].index("50%"))
+        board.update(MsgTaskFinished(id, "done", "now"))
+    assert len(columns) == 1
 
 
 @pytest.mark.parametrize("total, done", [(60, 37), (9_999, 5_000), (1_000_000, 654_321), (None, 654_321)])
