@@ -3285,6 +3285,17 @@ def test_a_window_that_shrinks_in_mid_run_gets_narrower_lines(home):
     assert last.startswith("12/12 done") and len(last) < 20
 
 
+@needs_posix
+def test_no_more_rows_than_the_window_has_are_drawn_and_as_many_as_it_has(homes):
+    def one(height, more):
+        home = homes()
+        (home / "t.py").write_text(ONE_ROW.replace('["one"], "t.db"', 'range(20), "t.db", workers=20'))
+        code, written = on_terminal(["t.py"], [], home, size=(height, 80))
+        assert code == 0 and more in written and (more or "more" not in written)
+
+    at_once(one, [(8, "+15 more"), (24, ""), (50, "")])
+
+
 ONE_ROW = """
 import sys, time, pipeloom
 pipeloom.run_pipeline(["one"], "t.db", worker_fn=lambda task, ctx: ctx.sleep(1), progress="ansi")
@@ -5717,6 +5728,29 @@ def test_on_every_engine_a_process_is_killed_and_a_resume_finishes_exactly_once(
         assert message == ("error",)
 
 
+INTERPRETERS = """
+from concurrent.futures import InterpreterPoolExecutor
+import pipeloom
+pipe = pipeloom.Pipeline("x.db", schema="CREATE TABLE made(number)", workers=4, check=False, progress="none")
+@pipe.task(each=range(20))
+def work(ctx, number):
+    ctx.execute("INSERT INTO made VALUES (?)", (number,))
+    return 1 / (number - 7)
+if __name__ == "__main__":
+    with InterpreterPoolExecutor(2) as executor:
+        result = pipe.run(executor=executor)
+    print(result.done, result["work[9]"], *result.causes)
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="Python has interpreters of its own from 3.14 on")
+def test_functions_run_in_interpreters_of_their_own(home):
+    (home / "job.py").write_text(INTERPRETERS)
+    done = python("job.py", cwd=home, code=0)
+    assert done.stdout == "19 0.5 ZeroDivisionError at job.py:8, in work\n", done.stderr
+    assert sorted(n for (n,) in rows(home / "x.db", "SELECT number FROM made")) == [*range(7), *range(8, 20)]
+
+
 SUBINTERPRETER = """
 import sys
 code = '''
@@ -6657,6 +6691,27 @@ def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
     one("pipe.py --db q.db", ["load[a]", "load[b]", "report"])
 
 
+LAST_WORDS = """
+import atexit, sys, time, pipeloom
+atexit.register(print, "at exit")
+pipe = pipeloom.Pipeline("l.db", timeout=0.1, check=False, progress="none")
+@pipe.task
+def work(ctx): time.sleep(60 * (sys.argv[-1] == "hangs"))
+def main():
+    pipe.run()
+    sys.exit("the program's own word")
+"""
+
+
+def test_a_program_ends_as_python_does_and_where_a_task_hangs_at_least_with_its_word_and_code(home):
+    (home / "job.py").write_text(LAST_WORDS + "if __name__ == '__main__': pipe.main()")
+    assert python("job.py", cwd=home, code=0).stdout == "at exit\n"
+    for end, printed in ("", "at exit\n"), ("hangs", ""):
+        (home / "job.py").write_text(LAST_WORDS.replace("sys.argv[-1]", repr(end)))
+        done = python("-m", "pipeloom", "run", "job.py", cwd=home, code=1)
+        assert done.stdout == printed and "the program's own word\n" in done.stderr
+
+
 EVERYTHING = """
 import asyncio, sys, time, pipeloom
 pipe = pipeloom.Pipeline("e.db", schema="CREATE TABLE IF NOT EXISTS t(x)", workers=4, retry_delay=0.01)
@@ -6901,6 +6956,26 @@ def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsy
     Path("bad").touch()  # a file of the task's name
     assert cli("status", "bad", "--db", "./pipeloom.db") == 0
     assert "bad (task 3): failed" in capsys.readouterr().out
+
+
+def test_what_status_says_is_as_of_one_commit(db):
+    def change():
+        with closing(pipeloom.connect(db)) as conn:
+            while not over.is_set():
+                conn.execute("UPDATE task_runs SET status = CASE status WHEN 'done' THEN 'error' ELSE 'done' END")
+                conn.commit()
+
+    run([1], db, nothing)
+    over, changes = threading.Event(), threading.Thread(target=change)
+    changes.start()
+    try:
+        for _ in range(200):
+            status = pipeloom.read_status(db)
+            kinds = {"done": status["done"], "error": status["failed"]}
+            assert {kind: len(tasks) for kind, tasks in kinds.items() if tasks} == status["counts"]
+    finally:
+        over.set()
+        changes.join(WAIT)
 
 
 def test_status_says_how_many_were_done_in_earlier_runs_alone(db, capsys, same_logging):
@@ -7588,6 +7663,13 @@ def test_no_process_of_sh_outlives_the_run(homes):
             assert "2 cancelled" in err
 
     at_once(one, [("ends", 0), ("time-out", 1), ("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+
+
+@needs_posix
+def test_sh_prints_what_a_command_says_when_it_is_cut_off(home):
+    command = "trap 'sleep 0.3; echo last word; exit 1' TERM; sleep 60 & wait  # {}"
+    out, err = sh(home, "--timeout", "0.3", command, "a", code=1)
+    assert out == "last word\n" and "timed out after 0.3 s" in err
 
 
 @needs_linux
