@@ -5257,11 +5257,9 @@ def _end_program(command: Callable[[], int]) -> NoReturn:
 
 def _say(text: str) -> None:
     """A line to stderr, if there is one: it may be closed, full, or a pipe that nobody reads."""
-    try:
+    with suppress(OSError, ValueError):
         if sys.stderr is not None and _takes(sys.stderr, READER_PATIENCE):
             print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, as threads print too
-    except (OSError, ValueError):
-        logger.debug("stderr is gone")
 
 
 def _print(text: str) -> None:
@@ -5269,7 +5267,6 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # flushing stdout at exit would say it again
         if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
             raise UsageError(f"cannot write to stdout: {error.strerror}; redirect it") from error
 
