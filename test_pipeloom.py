@@ -3472,6 +3472,8 @@ WRONG_USE = [
     (lambda: run_graph(("a", "c"), ("b", "a"), ("c", "b")), ValueError, "circular after=: a after c after b after a"),
     (lambda: run_graph(("a", "load")), ValueError, "after='load' of task 'a': expected a task of this pipeline, which has a"),
     (lambda: run_graph(("a", nothing)), ValueError, "after='nothing' of task 'a': expected a task of this pipeline"),
+    (lambda: run_graph(*((name, "x") for name in "abcdefghij")), ValueError, "which has a, b, c, d, e, f, g, h, i, j; declare"),
+    (lambda: run_graph(*((name, "x") for name in "abcdefghijk")), ValueError, "g, h, i, j and more; declare it, or correct"),
     (lambda: run_graph(("a", 3)), ValueError, "after=3 of task 'a': expected a task"),
     (lambda: run_graph(("a", [["b"]])), ValueError, "after=['b'] of task 'a': expected a task"),
     (lambda: run_graph(("a", ()), ("b", "a[1]")), ValueError, "after='a[1]' of task 'b': expected a task"),
@@ -6855,6 +6857,14 @@ def test_status_of_a_run_that_still_waits_for_a_lock_to_make_its_tables_is_empty
     assert pipeloom.read_status(db)["counts"] == {"done": 1}
 
 
+@pytest.mark.parametrize("held", [[False, True, True, True], [True, False, False, False], [True, True], [False, False]])
+def test_status_is_read_again_if_a_run_has_begun_or_ended_meanwhile(db, monkeypatch, held):
+    run([1], db, nothing)
+    answers, asked = iter(held), []
+    monkeypatch.setattr(pipeloom._RunLock, "is_held", lambda path: asked.append(path) or next(answers))
+    assert pipeloom.read_status(db)["counts"] == {"done": 1} and len(asked) == len(held)
+
+
 def test_status_takes_the_lock_where_a_run_without_wal_is_between_two_transactions(db, monkeypatch):
     """There is no side file then; without a lock it may read pages that are being written."""
     opened, connect = [], pipeloom._connect_readonly
@@ -6945,8 +6955,10 @@ def test_status_of_a_name_tells_all_about_the_task_and_suggests_others(db, capsy
         out,
     )
     assert "            ValueError: two\n" in out
+    execute(db, "UPDATE task_runs SET started_at = '2020-01-01T00:00:00', finished_at = '2020-01-01T00:01:05' WHERE id = 2")
     assert cli("status", db, 2) == 0  # no name, so an id
-    assert '  result    {"rows": 3}\n' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "  time      0:01:05\n" in out and '  result    {"rows": 3}\n' in out
     assert cli("status", "--db", db, "bad", "load[b.csv]", "--json") == 0
     assert [task["id"] for task in json.loads(capsys.readouterr().out)["tasks"]] == [3, 2]
     for name, hint in [
@@ -7047,6 +7059,7 @@ def test_status_gives_no_time_left_rather_than_a_wrong_one(began, change, left):
               "counts": {**counts, "done": 19 + change.get("earlier", 0)}}  # fmt: skip
     line = pipeloom._run_lines(status)[1]
     assert (left in line) if left else ("left" not in line)
+    assert bool(re.search("/(s|min)", line)) == bool(began)
 
 
 def test_status_of_a_run_that_has_done_nothing_yet_speaks_of_no_earlier_runs():
@@ -7080,6 +7093,8 @@ def test_a_report_fits_the_window_and_says_how_many_more_there_are(size, monkeyp
         assert sum(shown) + sum(more) == 123 and min(shown) >= 2
     few = pipeloom._report(status_of(running=2, error=1), False, width, 24)
     assert len(few) == 7 and not any("more" in line for line in few)
+    assert pipeloom._report(status_of(done=5), False, width, 9)[-1].startswith("  done[")  # which just fits
+    assert pipeloom._report(status_of(done=5), False, width, 8)[-1] == "  +2 more"
 
 
 def test_a_report_in_a_pipe_shows_whole_names_and_one_in_a_window_both_ends(monkeypatch):
