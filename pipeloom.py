@@ -65,7 +65,7 @@ import time
 import traceback  # which logging imports anyway, as dataclasses does inspect before Python 3.14
 from bisect import bisect_right
 from collections import deque, namedtuple
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -327,6 +327,8 @@ def _result_text(value: object) -> str | None:
     """A task's result as it is stored: text as it is, anything else as JSON."""
     if value is None or isinstance(value, str):
         return value if value is None else _text(value)
+    if isinstance(value, (Generator, AsyncGenerator)):
+        raise MessageRefused("the function returned a generator, so its body has not run; remove its yield")
     import json
 
     return json.dumps(value, default=str)
@@ -468,6 +470,7 @@ NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile inclu
     "SELECT coalesce(max(run_id), ?) FROM task_runs"
     " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
 )
+NEWEST_FAILED = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE status <> 'done' AND id < ?"
 # The last run that was to do all tasks, without resume, and did not come to the last one.
 CUT_SHORT = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE skipped IS NULL"
 LAST_ID = "SELECT coalesce(max(id), ?) FROM task_runs"
@@ -543,12 +546,17 @@ def _set_up(
     conn.execute("PRAGMA foreign_keys=ON")
 
 
+def _absolute(path: str) -> str:
+    """As it is here and now: tasks may change the directory, and the parent of a link is not what it says."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
 def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) -> sqlite3.Connection:
     """A connection that can neither change nor create the file. Odd characters in the path are quoted.
 
     `idle` says that nobody has the database open; then no side file is left behind either.
     """
-    path = os.path.abspath(db_path).replace(os.sep, "/")
+    path = _absolute(db_path).replace(os.sep, "/")
     # Not by urllib, as a signal while that is imported here would be another error.
     path = re.sub(rb"[^\w/.-]", lambda odd: b"%%%02X" % ord(odd[0]), os.fsencode(path)).decode()
     uri = f"file:{path if path.startswith('/') else '/' + path}?mode=ro{'&immutable=1' if idle else ''}"
@@ -906,7 +914,7 @@ class _Store:
         tell: Callable[..., object],
     ) -> None:  # fmt: skip
         self.shown = db_path  # as the user named it
-        self.path = db_path if db_path == ":memory:" else os.path.abspath(db_path)  # for whoever leaves
+        self.path = db_path if db_path == ":memory:" else _absolute(db_path)
         self.conn: _Guarded = None  # type: ignore[assignment]
         self.files: dict[str, os.stat_result] = {}  # the database and its lock, as they were opened
         self._wal, self._level, self._patience = wal, "FULL" if durable else "NORMAL", patience
@@ -1010,7 +1018,7 @@ class _Store:
         """A handler's own BEGIN, COMMIT and `with conn:` do nothing: the transaction is the writer's."""
         if action != sqlite3.SQLITE_TRANSACTION or not self.conn.is_on:  # then it is from _own()
             return sqlite3.SQLITE_OK
-        if what[0] not in ("R", b"R"):  # no ROLLBACK; PyPy gives a char *
+        if ord(what[0]) != ord("R"):  # no ROLLBACK; PyPy gives a char *
             return sqlite3.SQLITE_IGNORE
         self.conn.was_refused = True
         return sqlite3.SQLITE_DENY
@@ -2649,8 +2657,8 @@ class _Attempt(TaskContext):
     """
 
     __slots__ = (
-        "abandoned", "has_news", "lock", "lost", "on_cancel", "rejected", "run", "stage", "started_at",
-        "thread", "trouble",
+        "abandoned", "has_news", "lock", "lost", "rejected", "run", "stage", "started_at", "thread",
+        "trouble", "wakes",
     )  # fmt: skip
 
     def __init__(
@@ -2665,17 +2673,17 @@ class _Attempt(TaskContext):
         self.abandoned = False  # its thread is left to itself, and ends when the function returns, if ever
         self.lost = False  # how it ended could not be said, for lack of memory most likely
         self.thread: threading.Thread | None = None  # that runs it, while a deadline may end it
-        self.on_cancel: Callable[[], object] = int  # wakes what it waits for; int() does nothing
+        self.wakes: list[Callable[[], object]] = []  # what it waits for, in several threads perhaps
         self.trouble = _NO_TROUBLE  # of this attempt; before it starts, of the one before
 
     def sleep(self, seconds: float) -> None:
-        woken, before = threading.Event(), self.on_cancel
-        self.on_cancel = woken.set
+        woken = threading.Event()
+        self.wakes.append(woken.set)
         try:
             self.check()
             woken.wait(min(max(seconds, 0), threading.TIMEOUT_MAX))
         finally:
-            self.on_cancel = before
+            self.wakes.remove(woken.set)
         self.check()
 
     def note(self, message: MsgTaskProgress) -> None:
@@ -2745,7 +2753,8 @@ class _Attempt(TaskContext):
     def cancel(self, reason: str) -> None:
         """Have whatever it does from now on raise TaskCancelled."""
         self.reason = self.reason or reason
-        self.on_cancel()
+        for wake in self.wakes[:]:
+            wake()
 
     def disarm(self) -> None:
         """No deadline ends it any more, unless one was first."""
@@ -3163,14 +3172,20 @@ class _Roster:
                 return id, self._done_in(status, run_id)
             self._twins[name] = id
         id = self._next_id
+        if id == 2**63:
+            raise UsageError(f"no task_id is left for {name!r}: another task has {id - 1}; give it a lower one")
         self._next_id = id + 1
         self._take(id)
         return id, None
 
-    def newest(self, name: str) -> int:
-        """The last run that has done a task of this name, or one of its items."""
-        asked = self._since is not None and self.old > NEVER
-        return self._ask(NEWEST_DONE, NEVER, name, name, name)[0][0] if asked else NEVER
+    def newest(self, declared: _Declared) -> int:
+        """The last run that has done a task of this name, or one of its items; or that may have."""
+        if self._since is None or self.old == NEVER or not self._ask(HAS_RUNS):
+            return NEVER
+        asked: tuple[Any, ...] = NEWEST_DONE, NEVER, *[declared.name] * 3
+        if declared.naming is not None:  # whatever they are called, they are done in a run that is not
+            asked = NEWEST_FAILED, NEVER, self._run.writer.status.run_id or sys.maxsize
+        return int(self._ask(*asked)[0][0])
 
     def _find_id(self, id: int, name: str) -> tuple[int, int | None]:
         if not self._take(id):
@@ -3524,9 +3539,9 @@ class _Worker(_TaskThread):
                 ctx.finish(end)
         except TaskCancelled as stop:
             ctx.finish((CANCELLED, _now(), None, _words(stop)))
-        except WriterFailed:
-            raise
         except BaseException as error:  # SystemExit too: a task's end is not the program's
+            if error is self._run.channel.failure:  # and not that of another run, which this task has made
+                raise
             self._fail(ctx, error)
 
     def _call(self, ctx: _Attempt) -> object:
@@ -3717,16 +3732,21 @@ def _start(thread: threading.Thread) -> None:
 
 
 def _awaited(ctx: _Attempt, future: Any) -> Any:
-    """The result of a future; what cancels the task cancels that, too."""
+    """The result of a future; what cancels the task cancels that, too, unless it runs already."""
     bell = _Bell()
-    ctx.on_cancel = bell.ring
+    ctx.wakes.append(bell.ring)
     future.add_done_callback(lambda _: bell.ring())
     if not ctx.cancelled:
         bell.wait(threading.TIMEOUT_MAX)
     if not future.done():
-        future.cancel()
+        if not future.cancel():
+            LEFT_BEHIND[:] = [left for left in LEFT_BEHIND if not left[0].done()]
+            LEFT_BEHIND.append((future, ctx.stage.terms.executor))
         ctx.check()
     return future.result()
+
+
+LEFT_BEHIND: list[tuple[Any, Any]] = []  # futures of tasks that were cut off while they ran, and executors
 
 
 def _stack_of(thread: threading.Thread) -> tuple[str, str]:
@@ -3916,7 +3936,7 @@ class _Intake:
             if stage.declared.call is _call_alone:  # one task, of the stage's own name
                 stage.known = roster.find(None, stage.name)
             if stage.place.followers:
-                stage.place.newest = roster.newest(stage.name)
+                stage.place.newest = roster.newest(stage.declared)
         self._graph.begin = self._begin
 
     def pull(self) -> None:
@@ -3929,7 +3949,7 @@ class _Intake:
             self._pull_from(stage)
         except _Interrupted:
             return
-        except PipeloomError as error:  # of ours, about a task that it gave
+        except (UsageError, UsageTypeError, MessageRefused, WriterFailed) as error:  # of ours, about a task
             self._run.fail(error)
         except BaseException as error:
             what = f"each= of {stage.name!r} raised " if stage.name else "the iterable of tasks raised "
@@ -4322,7 +4342,8 @@ def run_pipeline(
 
 
 def _run(after: dict[_Declared, list[_Declared]], path: str, options: Mapping[str, Any]) -> RunResult:
-    if _Session.current is not None:  # the command line's, whose options win
+    inner = isinstance(threading.current_thread(), _TaskThread)  # of a task, which chooses for itself
+    if _Session.current is not None and not inner:  # the command line's, whose options win
         return _Session.current.run(after, path, options)
     return _Run(after, path, options).execute()
 
@@ -4955,9 +4976,9 @@ class _Shell:
         ) as process:  # fmt: skip
             if os.name != "posix":
                 self._tell("begun", process.pid)
-            ctx.on_cancel = partial(self._tell, "cut", process.pid)
+            ctx.wakes.append(partial(self._tell, "cut", process.pid))
             if ctx.cancelled:
-                ctx.on_cancel()
+                self._tell("cut", process.pid)
             process.wait()  # until the keeper ends it, at the latest
             self._tell("ended", process.pid)
         ctx.disarm()  # who reads the output may be slow
@@ -5243,12 +5264,16 @@ def _end_program(command: Callable[[], int]) -> NoReturn:
         code: Any = command()
     except SystemExit as error:
         code = error.code
-    if all(not isinstance(thread, _TaskThread) or thread in before for thread in threading.enumerate()):
+    left = [thread for thread in threading.enumerate() if isinstance(thread, _TaskThread)]
+    if all(thread in before for thread in left) and all(future.done() for future, _ in LEFT_BEHIND):
         sys.exit(code)
-    # A task was left behind. Python waits at its end for the threads of every ThreadPoolExecutor and
+    # A task was left behind. Python waits at its end for the threads and processes of every executor and for
     # asyncio.to_thread, perhaps for ever; a task's should not hold up the exit code.
     if not isinstance(code, (int, type(None))):
         _say(str(code))
+    for _, executor in LEFT_BEHIND:
+        for process in tuple((getattr(executor, "_processes", None) or {}).values()):
+            process.kill()  # else it would stay for ever
     with suppress(Exception):
         logging.shutdown()
         sys.stdout.flush()
@@ -5645,7 +5670,7 @@ def _planned(run: _Run, after: Mapping[_Declared, list[_Declared]], path: str) -
     with closing(_Roster(run)) as roster:
         for declared in _check_cycles(after):
             older = max((newest[before] for before in after[declared]), default=NEVER)
-            newest[declared] = roster.newest(declared.name)
+            newest[declared] = roster.newest(declared)
             if callable(declared.source) and older == sys.maxsize:  # it may need those that will run before
                 named = [(None, f"{declared.name}[...]")]
             else:

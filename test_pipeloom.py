@@ -1691,12 +1691,19 @@ def test_resume_knows_each_of_the_tasks_with_one_name_whether_they_have_ids_or_n
     assert len(rows(db)) == len(tasks)
 
 
-def test_a_dependent_runs_again_even_if_the_new_item_that_was_done_has_gone(tmp_path):
+def test_where_no_id_is_left_for_a_task_without_one_that_is_said(db):
+    for _ in range(2):
+        with pytest.raises(pipeloom.UsageError, match="no task_id is left for 'b': another task has 9223372036854775807"):
+            run([Task(2**63 - 1, "a"), "b"], db, nothing)
+
+
+@pytest.mark.parametrize("naming", [None, lambda item: f"file {item}"])
+def test_a_dependent_runs_again_even_if_the_new_item_that_was_done_has_gone(tmp_path, naming):
     """A file is loaded, the process dies before the report, and the file is moved away."""
     def pipeline(items, report=lambda ctx: None):
         pipe = Pipeline(tmp_path / "x.db", progress="none", check=False)
-        pipe.task(lambda ctx, item: None, name="load", each=items)
-        pipe.task(report, name="report", after="load")
+        pipe.task(nothing_each, name=naming, each=items)
+        pipe.task(report, name="report", after=nothing_each)
         return pipe.run(resume=True)
 
     assert pipeline(["a"]).done == 2
@@ -1774,6 +1781,39 @@ def test_a_rollback_that_fails_is_taken_again_and_no_other_error_comes_of_it(db,
     watch(db, fail)
     result = run(["a"], db, lambda task, ctx: ctx.put(User("a", "x")), handlers={User: refuse}, check=False)
     assert failed and result.failures[0].message in ("ValueError: no good", "MemoryError")
+
+
+def test_what_another_run_raises_in_a_task_is_an_error_of_that_task_like_any_other(db):
+    """As WriterFailed is, where the disk of that one is full."""
+    kinds = [pipeloom.WriterFailed, pipeloom.RunInProgress, pipeloom.DatabaseError]
+
+    def work(kind, ctx):
+        raise kind("inner.db", "has no room", "free some")
+
+    async def work_async(kind, ctx):
+        work(kind, ctx)
+
+    for worker in (work, work_async):
+        result = run(kinds, db, worker, workers=2, timeout=WAIT, check=False)
+        assert result.error == 3 and all("inner.db" in failure.message for failure in result.failures)
+
+
+def test_the_writer_dies_and_no_worker_stays_blocked_even_where_another_run_has_failed_before(db, watch):
+    def work(task, ctx):
+        if task == 0:
+            raise pipeloom.WriterFailed("inner.db", "has no room", "free some")
+        for _ in ctx.track(range(3_000)):
+            ctx.put(MsgTaskProgress(ctx.task_id + 1000, 1, 2))
+        dying.set()
+
+    def fail(conn):
+        if dying.is_set():
+            raise sqlite3.OperationalError("SQL logic error")
+
+    dying = threading.Event()
+    watch(db, fail)
+    with pytest.raises(pipeloom.WriterFailed, match="test.db"):
+        run(range(8), db, work, workers=3, check=False)
 
 
 def test_the_writer_dies_and_no_worker_stays_blocked(db, watch):
@@ -2171,12 +2211,61 @@ EARLY["test_pools_of_tasks_that_were_left_behind_do_not_hold_up_the_exit_code"] 
 ]
 
 
+POOL_HANGS = """
+import os, signal, sys, time, pipeloom
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+kind, ending = sys.argv[1:] or ("", "")
+del sys.argv[1:]
+def work(ctx, number):
+    with open(f"{number}.pid", "w") as file: file.write(str(os.getpid()))
+    if number == 1: time.sleep(3600)
+if __name__ == "__main__":
+    pool = {"processes": ProcessPoolExecutor, "threads": ThreadPoolExecutor}[kind](2)
+    pipe = pipeloom.Pipeline("x.db", executor=pool, timeout=0.5 if ending == "timeout" else None, progress="none")
+    pipe.task(each=range(4))(work)
+    pipe.main()
+"""
+
+
+@needs_posix
+def test_a_task_that_hangs_in_a_pool_of_the_users_does_not_hold_up_the_exit_code(homes):
+    def one(kind, ending, code):
+        home = homes()
+        (home / "t.py").write_text(POOL_HANGS)
+        with subprocess.Popen([sys.executable, "t.py", kind, ending], cwd=str(home), stderr=subprocess.PIPE) as process:
+            try:
+                wait_for((home / "3.pid").exists)
+                for _ in range(0 if ending == "timeout" else 2):
+                    process.send_signal(signal.SIGINT)
+                    threading.Event().wait(0.3)
+                _, errors = process.communicate(timeout=HANG)
+            finally:
+                process.kill()
+        assert process.returncode == code and b"3 done, 1 " in errors and b"Traceback" not in errors, errors
+        pid = int((home / "1.pid").read_text())
+        wait_for(lambda: pid == process.pid or not is_alive(pid))
+
+    at_once(one, [(kind, *end) for kind in ("processes", "threads") for end in (("timeout", 1), ("signals", 130))])
+
+
 @needs_posix
 def test_pools_of_tasks_that_were_left_behind_do_not_hold_up_the_exit_code(early):
     for home, process in early["test_pools_of_tasks_that_were_left_behind_do_not_hold_up_the_exit_code"]:
         code, output = process.wait(WAIT), (home / "output").read_text()
         assert code == 1, output
         assert re.search(r"  pool: timed out after 0.3 s \(left.py:\d+, in pool\)\n", output)
+
+
+def test_what_another_run_raises_in_an_iterator_is_said_to_be_of_that_iterator(tmp_path, caplog):
+    def items():
+        yield 1
+        run(["x"], tmp_path / "inner.db", lambda task, ctx: 1 / 0)
+
+    pipe = pipeloom.Pipeline(tmp_path / "x.db", progress="none")
+    pipe.task(nothing_each, name="load", each=items)
+    with pytest.raises(pipeloom.PipelineError, match="1 of 1 tasks failed: 'x'"):
+        pipe.run()
+    assert "each= of 'load' raised PipelineError: 1 of 1 tasks failed: 'x'" in caplog.text
 
 
 def test_an_each_that_waits_for_the_tasks_of_another_is_no_deadlock(db):
@@ -2752,6 +2841,25 @@ def test_a_lock_on_an_attached_database_that_stays_ends_the_run(tmp_path):
 
 
 # ---- G5 One run per database ---------------------------------------------------------------------------
+
+
+@needs_posix
+def test_a_path_through_a_link_and_back_is_where_the_system_says(tmp_path):
+    (tmp_path / "else" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "else" / "folder")
+    path = tmp_path / "link" / ".." / "y.db"
+
+    def work(task, ctx):
+        with ctx.connect() as conn:
+            conn.execute("SELECT * FROM task_runs")
+        with pytest.raises(pipeloom.RunInProgress):
+            run([1], tmp_path / "else" / "y.db", nothing)
+        assert run([1], tmp_path / "y.db", nothing).done == 1  # which is another
+        return "seen"
+
+    assert run(["a"], path, work)["a"] == "seen"
+    assert pipeloom.read_status(path)["counts"] == {"done": 1}
+    assert (tmp_path / "else" / "y.db").exists()
 
 
 def test_a_second_run_on_the_same_database_is_refused_and_names_the_first(home):
@@ -3878,6 +3986,18 @@ def test_progress_outside_its_range_is_clamped(db, message, stored):
         assert rows(db, "SELECT progress FROM task_runs") == [(stored,)]
 
 
+def test_a_function_that_turns_out_to_be_a_generator_is_an_error_and_not_done(db):
+    def work(task, ctx):
+        return (n for n in [task])
+
+    async def work_async(task, ctx):
+        yield task
+
+    for worker in (work, lambda task, ctx: work_async(task, ctx)):
+        (failure,) = run([1], db, worker, check=False).failures
+        assert "returned a generator, so its body has not run; remove its yield" in failure.message
+
+
 def test_values_whose_meaning_is_clear_are_stored_as_text(db):
     def work(task, q):
         q.put(MsgTaskFinished(task.task_id, "done", "now", result={"a": Path("x")}, message="\udc80\0x" * 3))
@@ -4304,6 +4424,28 @@ def test_progress_that_the_writer_has_no_time_for_waits_in_one_message(db):
     hold = {User: lambda conn, message: held.set() or waited.append(go.wait(WAIT))}
     assert run(["first", "second"], db, work, workers=2, handlers=hold).done == 2
     assert waited == [True]
+
+
+def test_two_threads_of_a_task_that_sleep_at_once_leave_it_to_its_deadline(db, clock):
+    async def sleeps(ctx):
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(None, ctx.sleep, seconds) for seconds in (0.05, 0.1)))
+        try:
+            clock.advance(ctx, 61)
+            await asyncio.sleep(WAIT)
+        finally:
+            ended.set()
+
+    def sees_it(ctx):
+        assert ended.wait(WAIT / 2)
+
+    ended, pipe = threading.Event(), Pipeline(db, progress="none", workers=2, check=False)
+    pipe.task(sleeps, timeout=60)
+    pipe.task(sees_it)
+    result = pipe.run()
+    assert result.done == 1 and result.failures[0].message == "timed out after 60 s"
 
 
 def test_what_the_threads_of_a_task_send_in_turn_is_run_in_that_order(db):
@@ -6698,7 +6840,7 @@ def test_a_dry_run_names_the_tasks_and_writes_nothing(home):
     one("pipe.py --db q.db", ["load[a]", "load[b]", "report"])
 
 
-LAST_WORDS = """
+OWN_END = """
 import atexit, sys, time, pipeloom
 atexit.register(print, "at exit")
 pipe = pipeloom.Pipeline("l.db", timeout=0.1, check=False, progress="none")
@@ -6711,10 +6853,10 @@ def main():
 
 
 def test_a_program_ends_as_python_does_and_where_a_task_hangs_at_least_with_its_word_and_code(home):
-    (home / "job.py").write_text(LAST_WORDS + "if __name__ == '__main__': pipe.main()")
+    (home / "job.py").write_text(OWN_END + "if __name__ == '__main__': pipe.main()")
     assert python("job.py", cwd=home, code=0).stdout == "at exit\n"
     for end, printed in ("", "at exit\n"), ("hangs", ""):
-        (home / "job.py").write_text(LAST_WORDS.replace("sys.argv[-1]", repr(end)))
+        (home / "job.py").write_text(OWN_END.replace("sys.argv[-1]", repr(end)))
         done = python("-m", "pipeloom", "run", "job.py", cwd=home, code=1)
         assert done.stdout == printed and "the program's own word\n" in done.stderr
 
@@ -6737,6 +6879,18 @@ async def report(ctx):
 def never(ctx): pass
 if __name__ == "__main__": pipe.main()
 """
+
+
+def test_a_handler_may_commit_where_bytes_are_compared_strictly(home):
+    program = (
+        "import pipeloom\n"
+        "def store(conn, number):\n"
+        "    with conn: conn.execute('INSERT INTO t VALUES (?)', (number,))\n"
+        "result = pipeloom.run_pipeline([1, 2], 'x.db', worker_fn=lambda task, ctx: ctx.put(task), progress='none',\n"
+        "                               schema='CREATE TABLE t(x)', handlers={int: store})\n"
+        "print(result.done)"
+    )
+    assert python("-bb", "-W", "error", "-c", program, cwd=home, code=0).stdout == "2\n"
 
 
 def test_it_works_in_every_mode_of_the_interpreter_without_a_warning(homes):
@@ -7361,6 +7515,25 @@ def test_a_dry_run_names_the_items_behind_what_would_not_run(db, capsys, same_lo
     assert dry("--resume") == []
     assert dry("--redo", "clean[a]") == ["clean[a]", "report"]
     assert dry("--redo", "fetch") == ["fetch", "clean[...]", "report"]
+
+
+RUNS_WITHIN = """
+import pipeloom
+pipe = pipeloom.Pipeline("p.db")
+@pipe.task(each=[1, 2])
+def outer(ctx, n):
+    return pipeloom.run_pipeline(range(3), f"in{n}.db", worker_fn=lambda task, ctx: None, progress="none").done
+pipe.main()
+"""
+
+
+def test_the_options_of_the_command_line_are_not_those_of_a_run_within_a_task(home):
+    (home / "job.py").write_text(RUNS_WITHIN)
+    for options in ([], ["--redo", "outer[1]"]):
+        done = python("job.py", "--db", "other.db", *options, cwd=home, code=0)
+        assert done.stderr.count("done") == 1  # one summary
+    assert rows(home / "other.db", "SELECT result FROM task_runs") == [("3",), ("3",)]
+    assert rows(home / "in1.db", "SELECT count(*) FROM task_runs") == [(3,)] and not (home / "p.db").exists()
 
 
 NAMELESS = """
