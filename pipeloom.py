@@ -470,7 +470,10 @@ NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile inclu
     "SELECT coalesce(max(run_id), ?) FROM task_runs"
     " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
 )
-NEWEST_FAILED = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE status <> 'done' AND id < ?"
+NEWEST_OF_FAILED = (  # of any task, in a run that failed or was killed
+    "SELECT coalesce(max(run_id), ?) FROM task_runs WHERE status = 'done'"
+    " AND run_id IN (SELECT id FROM pipeline_runs WHERE status <> 'done')"
+)
 # The last run that was to do all tasks, without resume, and did not come to the last one.
 CUT_SHORT = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE skipped IS NULL"
 LAST_ID = "SELECT coalesce(max(id), ?) FROM task_runs"
@@ -3183,8 +3186,8 @@ class _Roster:
         if self._since is None or self.old == NEVER or not self._ask(HAS_RUNS):
             return NEVER
         asked: tuple[Any, ...] = NEWEST_DONE, NEVER, *[declared.name] * 3
-        if declared.naming is not None:  # whatever they are called, they are done in a run that is not
-            asked = NEWEST_FAILED, NEVER, self._run.writer.status.run_id or sys.maxsize
+        if declared.naming is not None:  # which may have given names that it gives no more
+            asked = NEWEST_OF_FAILED, NEVER
         return int(self._ask(*asked)[0][0])
 
     def _find_id(self, id: int, name: str) -> tuple[int, int | None]:

@@ -1700,10 +1700,12 @@ def test_where_no_id_is_left_for_a_task_without_one_that_is_said(db):
 @pytest.mark.parametrize("naming", [None, lambda item: f"file {item}"])
 def test_a_dependent_runs_again_even_if_the_new_item_that_was_done_has_gone(tmp_path, naming):
     """A file is loaded, the process dies before the report, and the file is moved away."""
-    def pipeline(items, report=lambda ctx: None):
+    def pipeline(items, report=lambda ctx: None, other=None):
         pipe = Pipeline(tmp_path / "x.db", progress="none", check=False)
         pipe.task(nothing_each, name=naming, each=items)
         pipe.task(report, name="report", after=nothing_each)
+        if other:
+            pipe.task(other, name="other")
         return pipe.run(resume=True)
 
     assert pipeline(["a"]).done == 2
@@ -1713,6 +1715,9 @@ def test_a_dependent_runs_again_even_if_the_new_item_that_was_done_has_gone(tmp_
     result = pipeline(["a"])  # as if the process had died before anything of that report was stored
     assert (result.done, result.skipped) == (1, 1)
     assert pipeline(["a"]).skipped == 2
+    for _ in range(3):  # and what fails elsewhere makes nothing run again
+        result = pipeline(["a"], other=lambda ctx: 1 / 0)
+        assert (result.done, result.skipped, result.error) == (0, 2, 1)
 
 
 # ---- G3 No hang ----------------------------------------------------------------------------------------
