@@ -4283,6 +4283,9 @@ def test_connect_sets_the_journal_and_the_pragmas(db):
         pipeloom.wal_checkpoint(conn)  # which commits that first
         assert not conn.in_transaction
         conn.close()
+    (db.parent / "other.db").write_bytes(b"no database" * 100)
+    with pytest.raises(sqlite3.DatabaseError, match="file is not a database"):
+        pipeloom.connect(db.parent / "other.db")
 
 
 def test_a_file_system_without_shared_memory_gets_another_journal_and_a_warning(db, monkeypatch, caplog):
@@ -4724,7 +4727,7 @@ def test_a_forked_child_is_no_worker(home):
     assert rows(home / "f.db", "SELECT name, status, result FROM task_runs ORDER BY id") == [
         ("ends", "done", "0"), ("raises", "done", "1"), ("exits", "done", "7"),
     ]  # fmt: skip
-    assert done.stderr.count("ValueError: in the child") == 2
+    assert done.stderr.count("ValueError: in the child") == 2 and "SystemExit" not in done.stderr
 
 
 # ---- 4.4 Own messages and own tables -------------------------------------------------------------------
