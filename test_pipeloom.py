@@ -1697,6 +1697,13 @@ def test_where_no_id_is_left_for_a_task_without_one_that_is_said(db):
             run([Task(2**63 - 1, "a"), "b"], db, nothing)
 
 
+def test_a_later_run_finds_names_by_an_index_and_ids_without(tmp_path):
+    for name, tasks, indexes in ("n.db", ["a"], [("task_runs_name",)]), ("i.db", [Task(1, "a")], []):
+        for _ in range(2):
+            run(tasks, tmp_path / name, nothing)
+        assert rows(tmp_path / name, "SELECT name FROM sqlite_master WHERE type = 'index'") == indexes
+
+
 @pytest.mark.parametrize("naming", [None, lambda item: f"file {item}"])
 def test_a_dependent_runs_again_even_if_the_new_item_that_was_done_has_gone(tmp_path, naming):
     """A file is loaded, the process dies before the report, and the file is moved away."""
@@ -4166,6 +4173,17 @@ def test_what_a_task_says_of_another_is_shown(db):
     display = Recorder()
     run(["a"], db, lambda task, ctx: [ctx.put(message) for message in said] and None, progress=display)
     assert [message for message in display.told if getattr(message, "task_id", 0) == 99] == said
+
+
+def test_a_writer_alone_stores_many_rows_whatever_the_statement_and_the_kind_of_row(db):
+    insert, pairs = "INSERT INTO users VALUES (?, ?)", [("a", "1"), ("b", "2")]
+    run_alone(
+        db, MsgExecute(insert, pairs, True), MsgExecute(insert, (["c", "3"],), many=True), MsgExecute(insert, ("d", "4")),
+        MsgExecute("INSERT INTO users VALUES (:k, :n)", [{"k": "e", "n": "5"}], many=True),
+        MsgExecute("UPDATE users SET name = name || ? WHERE key = ?", [("x", "a"), ("y", "e")], many=True),
+        schema=USERS,
+    )  # fmt: skip
+    assert sorted(rows(db, "SELECT * FROM users")) == [("a", "1x"), ("b", "2"), ("c", "3"), ("d", "4"), ("e", "5y")]
 
 
 def test_a_writer_alone_that_fails_keeps_nobody_who_joins_its_queue(db):
