@@ -283,6 +283,7 @@ class MsgExecute:
 
 TaskDef = DemoTask = Task
 MsgTaskStart, MsgTaskFinish = MsgTaskStarted, MsgTaskFinished
+HIGHEST = 2**63 - 1  # that SQLite can store; no task has it, so that there always is a next
 SENTINEL = object()  # asks a writer to commit what it has and stop; known by identity
 
 
@@ -343,9 +344,9 @@ def _task_id(value: object) -> int:
         number = index(value)  # type: ignore[arg-type]
     except TypeError:
         number = 2**63
-    if not -(2**63) <= number < 2**63:
+    if not -(2**63) <= number < HIGHEST:
         raise MessageRefused(
-            f"task_id {value!r} cannot be stored: expected an integer of at most 64 bits; "
+            f"task_id {value!r} cannot be stored: expected an integer from -2**63 to 2**63 - 2; "
             "use one, or omit task_id and pipeloom assigns one"
         )
     return number
@@ -363,7 +364,7 @@ def _checked_progress(m: MsgTaskProgress) -> MsgTaskProgress:
         type(m) is MsgTaskProgress
         and type(m.step) is type(m.total) is type(m.task_id) is int
         and 0 <= m.step <= m.total < 2**53
-        and -(2**63) <= m.task_id < 2**63
+        and -(2**63) <= m.task_id < HIGHEST
         and type(m.message) is str
         and m.message.isascii()
     ):
@@ -472,7 +473,7 @@ NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile inclu
 )
 NEWEST_OF_FAILED = (  # of any task, in a run that failed or was killed
     "SELECT coalesce(max(run_id), ?) FROM task_runs WHERE status = 'done'"
-    " AND run_id IN (SELECT id FROM pipeline_runs WHERE status <> 'done')"
+    " AND run_id IN (SELECT id FROM pipeline_runs WHERE status <> 'done' OR cancelled)"
 )
 # The last run that was to do all tasks, without resume, and did not come to the last one.
 CUT_SHORT = "SELECT coalesce(max(id), ?) FROM pipeline_runs WHERE skipped IS NULL"
@@ -551,7 +552,8 @@ def _set_up(
 
 def _absolute(path: str) -> str:
     """As it is here and now: tasks may change the directory, and the parent of a link is not what it says."""
-    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    folder, name = os.path.split(path.rstrip("/"))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _connect_readonly(db_path: str, timeout: float = 5.0, idle: bool = False) -> sqlite3.Connection:
@@ -3175,7 +3177,7 @@ class _Roster:
                 return id, self._done_in(status, run_id)
             self._twins[name] = id
         id = self._next_id
-        if id == 2**63:
+        if id >= HIGHEST:
             raise UsageError(f"no task_id is left for {name!r}: another task has {id - 1}; give it a lower one")
         self._next_id = id + 1
         self._take(id)
@@ -3743,13 +3745,13 @@ def _awaited(ctx: _Attempt, future: Any) -> Any:
         bell.wait(threading.TIMEOUT_MAX)
     if not future.done():
         if not future.cancel():
-            LEFT_BEHIND[:] = [left for left in LEFT_BEHIND if not left[0].done()]
-            LEFT_BEHIND.append((future, ctx.stage.terms.executor))
+            LEFT_BEHIND[future] = ctx.stage.terms.executor
+            future.add_done_callback(LEFT_BEHIND.pop)
         ctx.check()
     return future.result()
 
 
-LEFT_BEHIND: list[tuple[Any, Any]] = []  # futures of tasks that were cut off while they ran, and executors
+LEFT_BEHIND: dict[Any, Any] = {}  # futures of tasks that were cut off and still run, and their executors
 
 
 def _stack_of(thread: threading.Thread) -> tuple[str, str]:
@@ -5268,15 +5270,16 @@ def _end_program(command: Callable[[], int]) -> NoReturn:
     except SystemExit as error:
         code = error.code
     left = [thread for thread in threading.enumerate() if isinstance(thread, _TaskThread)]
-    if all(thread in before for thread in left) and all(future.done() for future, _ in LEFT_BEHIND):
+    if all(thread in before for thread in left) and not LEFT_BEHIND:
         sys.exit(code)
     # A task was left behind. Python waits at its end for the threads and processes of every executor and for
     # asyncio.to_thread, perhaps for ever; a task's should not hold up the exit code.
     if not isinstance(code, (int, type(None))):
         _say(str(code))
-    for _, executor in LEFT_BEHIND:
-        for process in tuple((getattr(executor, "_processes", None) or {}).values()):
-            process.kill()  # else it would stay for ever
+    for executor in tuple(LEFT_BEHIND.values()):
+        for pid in tuple(getattr(executor, "_processes", None) or ()):  # which else would stay for ever
+            with suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
     with suppress(Exception):
         logging.shutdown()
         sys.stdout.flush()
