@@ -100,6 +100,7 @@ PYPY = sys.implementation.name == "pypy"
 NOT_ON_PYPY = {
     "its pools of processes fail, or hang, at least those of 7.3.11": """
         test_functions_run_in_processes_and_all_promises_stay
+        test_a_task_that_hangs_in_a_pool_of_the_users_does_not_hold_up_the_exit_code
         test_short_tasks_share_the_way_to_a_process_and_each_has_an_end_of_its_own
         test_of_short_tasks_whose_process_dies_each_has_the_error_and_a_resume_does_them_once
         test_what_could_not_be_sent_has_the_error_and_takes_no_other_tasks_result
@@ -3996,6 +3997,7 @@ def test_whatever_a_worker_raises_ends_its_task_only(db, error, said):
         (MsgTaskProgress(1, -3, 10), 0.0),
         (MsgTaskProgress(1, 50, 0), 0.0),
         (MsgTaskProgress(1, 0.25, 1.0, "half\udc80"), 0.25),
+        (MsgTaskProgress(1, 1, 4, Path("x")), 0.25),
         (MsgTaskProgress(True, 1, 2), 0.5),
     ],
 )
@@ -6483,6 +6485,17 @@ def test_one_task_is_one_row_however_many_messages_it_sent(db):
     writer.join(WAIT)
     assert rows(db, "SELECT id FROM written") == [(1,)]
     assert rows(db, "SELECT progress, message, status FROM task_runs") == [(1.0, "", "done")]
+
+
+def test_how_many_items_a_function_lists_is_stored_before_they_are_all_pulled(db):
+    def work(ctx, item):
+        if item == 0:
+            with ctx.connect() as conn:
+                wait_for(lambda: conn.execute("SELECT total FROM pipeline_runs").fetchone() == (5_000,))
+
+    pipe = Pipeline(db, progress="none", workers=1)
+    pipe.task(work, each=lambda: list(range(5_000)))
+    assert pipe.run().done == 5_000
 
 
 def test_the_number_of_tasks_is_stored_as_soon_as_it_is_known(db):
