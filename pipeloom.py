@@ -2659,6 +2659,9 @@ class _Attempt(TaskContext):
 
     The worker's thread runs it; the calling thread, the timer's and the writer's may end it. `lock` guards
     the beginning and the end as well: who comes first decides, see Channel.put().
+
+    It waits until it has `started_at`, is `closed` when its end is on its way, and has settled when that is
+    committed. What is closed may still run: `reason` says so to whatever it calls, `abandoned` to its worker.
     """
 
     __slots__ = (
@@ -3057,13 +3060,13 @@ class _Stage:
         self.size = len(declared.source) if isinstance(declared.source, Sequence) else None
         self.pulled = self.submitted = self.settled = 0
         self.exhausted = False
-        self.place = _Place()
+        self.standing = _Standing()
 
     def has_ended(self) -> bool:
         return self.exhausted and self.submitted <= self.settled
 
 
-class _Place:
+class _Standing:
     """Where a stage stands in the graph. The graph's lock guards it."""
 
     def __init__(self) -> None:
@@ -3090,9 +3093,9 @@ class _Graph:
         self.lock = threading.RLock()
         self.stages = list(stages.values())
         for declared, stage in stages.items():
-            stage.place.waits = len(after[declared])
+            stage.standing.waits = len(after[declared])
             for before in after[declared]:
-                stages[before].place.followers.append(stage)
+                stages[before].standing.followers.append(stage)
 
     def total(self) -> int | None:
         """How many tasks there are, once that is known; a doomed stage counts as one."""
@@ -3108,7 +3111,7 @@ class _Graph:
         return any(stage.submitted for stage in self.stages) and not all(s.exhausted for s in self.stages)
 
     def start(self) -> None:
-        for stage in [stage for stage in self.stages if not stage.place.waits]:  # first: some soon have none
+        for stage in [each for each in self.stages if not each.standing.waits]:  # first: some soon have none
             self.begin(stage)
             self.stirred(stage)
 
@@ -3118,15 +3121,15 @@ class _Graph:
         for ended in stirred:  # which grows: a follower may have nothing to do
             if not ended.has_ended():
                 continue
-            before = ended.place
+            before = ended.standing
             for follower in before.followers:
-                place = follower.place
-                place.waits -= 1
-                place.older = max(place.older, sys.maxsize if ended.submitted else before.newest)
-                if before.spoiled and not follower.declared.even_if_failed and not place.doomed:
-                    place.spoiled = before.spoiled  # the first cause, all the way down
-                    place.doomed = f"not started: {before.spoiled}"
-                if not place.waits:
+                standing = follower.standing
+                standing.waits -= 1
+                standing.older = max(standing.older, sys.maxsize if ended.submitted else before.newest)
+                if before.spoiled and not follower.declared.even_if_failed and not standing.doomed:
+                    standing.spoiled = before.spoiled  # the first cause, all the way down
+                    standing.doomed = f"not started: {before.spoiled}"
+                if not standing.waits:
                     self.begin(follower)
                     stirred.append(follower)
 
@@ -3178,7 +3181,9 @@ class _Roster:
             self._twins[name] = id
         id = self._next_id
         if id >= HIGHEST:
-            raise UsageError(f"no task_id is left for {name!r}: another task has {id - 1}; give it a lower one")
+            raise UsageError(
+                f"no task_id is left for {name!r}: another task has {id - 1}; give that one a lower id"
+            )
         self._next_id = id + 1
         self._take(id)
         return id, None
@@ -3940,8 +3945,8 @@ class _Intake:
         for stage in self._graph.stages:
             if stage.declared.call is _call_alone:  # one task, of the stage's own name
                 stage.known = roster.find(None, stage.name)
-            if stage.place.followers:
-                stage.place.newest = roster.newest(stage.declared)
+            if stage.standing.followers:
+                stage.standing.newest = roster.newest(stage.declared)
         self._graph.begin = self._begin
 
     def pull(self) -> None:
@@ -3977,14 +3982,14 @@ class _Intake:
             if item is _END:
                 return self._exhaust(stage)
             stage.pulled += 1
-            named = (None, stage.name) if stage.place.doomed else declared.identify(item, stage.pulled)
+            named = (None, stage.name) if stage.standing.doomed else declared.identify(item, stage.pulled)
             self._admit(stage, item, named[1], *self._roster.find(*named))
         self.sources.remove(stage)
         self.sources.append(stage)  # each in its turn
         return None
 
     def _open(self, stage: _Stage) -> Iterator[Any]:
-        if stage.place.doomed:  # nobody can say what its items would have been; one row stands for them all
+        if stage.standing.doomed:  # nobody can say what its items would have been; one row stands for them all
             stage.size, stage.items = 1, iter([None])
             return stage.items
         if self._roster.old > NEVER and stage.name:  # an earlier run may have stored that row
@@ -4035,14 +4040,14 @@ class _Intake:
 
     def _admit(self, stage: _Stage, item: Any, name: str, id: int, done_in: int | None) -> None:
         """A task has come: it runs, unless it is done and nothing that it comes after has run since."""
-        place, redo = stage.place, self._run.options["redo"]
+        here, redo = stage.standing, self._run.options["redo"]
         if self._unseen:
             self._unseen -= {name, stage.name}
-        if done_in is None or done_in < place.older or place.doomed or name in redo or stage.name in redo:
+        if done_in is None or done_in < here.older or here.doomed or name in redo or stage.name in redo:
             stage.submitted += 1
-            self._crew.submit(_Attempt(self._run, stage, item, id, name), place.doomed)
+            self._crew.submit(_Attempt(self._run, stage, item, id, name), here.doomed)
             return
-        place.newest = max(place.newest, done_in)
+        here.newest = max(here.newest, done_in)
         with self._graph.lock:
             self._run.tally.counts["skipped"] += 1
         self._run.display.know(self._graph.total(), self._run.tally.counts["skipped"])
@@ -4202,8 +4207,8 @@ class _Run:
 
     def _note_trouble(self, ctx: _Attempt, status: str, message: str) -> None:
         how = "failed" if status == ERROR else "was cancelled"
-        place = ctx.stage.place
-        place.spoiled = place.spoiled or f"{ctx.name!r} {how}"
+        standing = ctx.stage.standing
+        standing.spoiled = standing.spoiled or f"{ctx.name!r} {how}"
         if status == ERROR:
             number = self.tally.failed(ctx, message)
             line = re.search(r" at (\S+:\d+), in \S+$", ctx.trouble.cause)

@@ -8339,8 +8339,8 @@ def test_the_graph_starts_each_stage_once_and_after_all_that_it_comes_after(plan
     def begin(stage):
         before = [stages[other] for other in after[stage.declared]]
         assert stage not in started and ended >= set(before)
-        spoiled = any(other.place.spoiled for other in before)
-        assert bool(stage.place.doomed) == (spoiled and not stage.declared.even_if_failed)
+        spoiled = any(other.standing.spoiled for other in before)
+        assert bool(stage.standing.doomed) == (spoiled and not stage.declared.even_if_failed)
         started.append(stage)
         if ends[stage.declared] == "empty":  # it ends at once, as it has no task
             stage.exhausted = True
@@ -8354,7 +8354,7 @@ def test_the_graph_starts_each_stage_once_and_after_all_that_it_comes_after(plan
             stage.submitted = stage.settled = 1
             stage.exhausted = True
             failed = "it failed" if ends[stage.declared] == "failed" else ""
-            stage.place.spoiled = stage.place.spoiled or failed
+            stage.standing.spoiled = stage.standing.spoiled or failed
             ended.add(stage)
             graph.stirred(stage)
     assert len(started) == len(stages)
