@@ -3152,9 +3152,9 @@ class _Roster:
         self._from = self._until = self._end = 0  # consecutive ids that were taken; what must not be reached
         self._told = False  # that a run was cut short
         self._twins: dict[str, int] = {}  # names that several tasks have: the last of their old ids
-        path, is_new = self._store.path, self.old == NEVER  # then there is nothing to be read
+        path, empty = self._store.path, self.old == NEVER
         try:
-            self._conn = sqlite3.connect("", isolation_level=None) if is_new else _connect_readonly(path, POLL)
+            self._conn = sqlite3.connect("", isolation_level=None) if empty else _connect_readonly(path, POLL)
         except sqlite3.Error as error:
             raise self._cannot_read(error) from error
         self._ask("CREATE TEMP TABLE taken(low INTEGER PRIMARY KEY, until INTEGER)")
@@ -3989,7 +3989,7 @@ class _Intake:
         return None
 
     def _open(self, stage: _Stage) -> Iterator[Any]:
-        if stage.standing.doomed:  # nobody can say what its items would have been; one row stands for them all
+        if stage.standing.doomed:  # nobody can say what its items would have been: one row is for them all
             stage.size, stage.items = 1, iter([None])
             return stage.items
         if self._roster.old > NEVER and stage.name:  # an earlier run may have stored that row
