@@ -329,7 +329,7 @@ def _result_text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value if value is None else _text(value)
     if isinstance(value, (Generator, AsyncGenerator)):
-        raise MessageRefused("the function returned a generator, so its body has not run; remove its yield")
+        raise MessageRefused("the result is a generator, which nobody would run; return a list, or omit yield")
     import json
 
     return json.dumps(value, default=str)
@@ -471,7 +471,7 @@ NEWEST_DONE = (  # of a task and its items, those that have gone meanwhile inclu
     "SELECT coalesce(max(run_id), ?) FROM task_runs"
     " WHERE status = 'done' AND (name = ? OR name >= ? || '[' AND name < ? || '\\')"
 )
-NEWEST_OF_FAILED = (  # of any task, in a run that failed or was killed
+NEWEST_OF_FAILED = (  # of any task, in a run that failed, was killed or had cancelled tasks
     "SELECT coalesce(max(run_id), ?) FROM task_runs WHERE status = 'done'"
     " AND run_id IN (SELECT id FROM pipeline_runs WHERE status <> 'done' OR cancelled)"
 )

@@ -1699,6 +1699,25 @@ def test_where_no_id_is_left_for_a_task_without_one_that_is_said(db):
     assert run([Task(2**63 - 2, "a"), Task(5, "c"), Task(-(2**63), "d")], db, nothing).done == 3
 
 
+def test_a_dependent_runs_again_after_a_run_in_which_only_some_tasks_were_cancelled(db):
+    """Items of one name that the next run does not give any more have been done meanwhile."""
+    def load(ctx, item):
+        if item == "y":
+            raise pipeloom.TaskCancelled("not this one")
+
+    def pipeline(items):
+        pipe = Pipeline(db, progress="none")
+        pipe.task(load, name=lambda item: f"file {item}", each=items)
+        pipe.task(nothing_each, name="report", each=["p", "q"], after="load")
+        return pipe.run(resume=True)
+
+    assert pipeline(["a"]).done == 3
+    assert pipeline(["a", "x", "y"]).cancelled == 2
+    for done, skipped in ((2, 1), (0, 3)):
+        result = pipeline(["a"])
+        assert (result.done, result.skipped) == (done, skipped)
+
+
 def test_a_later_run_finds_names_by_an_index_and_ids_without(tmp_path):
     for name, tasks, indexes in ("n.db", ["a"], [("task_runs_name",)]), ("i.db", [Task(1, "a")], []):
         for _ in range(2):
@@ -2253,6 +2272,7 @@ def test_a_task_that_hangs_in_a_pool_of_the_users_does_not_hold_up_the_exit_code
         with subprocess.Popen([sys.executable, "t.py", kind, ending], cwd=str(home), stderr=subprocess.PIPE) as process:
             try:
                 wait_for((home / "3.pid").exists)
+                wait_for(lambda: rows(home / "x.db", "SELECT count(*) FROM task_runs WHERE status = 'done'") == [(3,)])
                 for _ in range(0 if ending == "timeout" else 2):
                     process.send_signal(signal.SIGINT)
                     threading.Event().wait(0.3)
@@ -3423,6 +3443,12 @@ def test_a_window_that_shrinks_in_mid_run_gets_narrower_lines(home):
     assert last.startswith("12/12 done") and len(last) < 20
 
 
+ONE_ROW = """
+import pipeloom
+pipeloom.run_pipeline(["one"], "t.db", worker_fn=lambda task, ctx: ctx.sleep(1.6), progress="ansi")
+"""
+
+
 @needs_posix
 def test_no_more_rows_than_the_window_has_are_drawn_and_as_many_as_it_has(homes):
     def one(height, more):
@@ -3434,17 +3460,11 @@ def test_no_more_rows_than_the_window_has_are_drawn_and_as_many_as_it_has(homes)
     at_once(one, [(8, "+15 more"), (24, ""), (50, "")])
 
 
-ONE_ROW = """
-import sys, time, pipeloom
-pipeloom.run_pipeline(["one"], "t.db", worker_fn=lambda task, ctx: ctx.sleep(1), progress="ansi")
-"""
-
-
 @needs_posix
 def test_a_window_that_shrinks_leaves_no_part_of_the_lines_that_it_has_folded(home):
     def shrink(process, terminal):
         wait_for((home / "t.db-wal").exists)
-        threading.Event().wait(0.5)
+        threading.Event().wait(0.8)
         resize(terminal, 24, 26)
 
     (home / "t.py").write_text(ONE_ROW)
@@ -3457,7 +3477,7 @@ SKIPPING = """
 import sys, time, pipeloom
 def tasks():
     yield from "abc"
-    time.sleep(0.5 * (sys.argv[1] == "--resume"))
+    time.sleep(1.0 * (sys.argv[1] == "--resume"))
     print("no more")
 def work(task, ctx): 1 / (task != 0)
 pipeloom.run_pipeline(range(900) if sys.argv[1] == "fail" else tasks(), "t.db", worker_fn=work, progress="ansi",
@@ -4024,7 +4044,7 @@ def test_a_function_that_turns_out_to_be_a_generator_is_an_error_and_not_done(db
 
     for worker in (work, lambda task, ctx: work_async(task, ctx)):
         (failure,) = run([1], db, worker, check=False).failures
-        assert "returned a generator, so its body has not run; remove its yield" in failure.message
+        assert "is a generator, which nobody would run; return a list, or omit yield" in failure.message
 
 
 def test_values_whose_meaning_is_clear_are_stored_as_text(db):
